@@ -1,0 +1,1 @@
+"""jaxdiff: diffusion models in JAX and Flax, three tables around a network."""

@@ -1,0 +1,8 @@
+"""Networks in Flax linen: F(x, t, cond) and no more; nothing here knows of diffusion."""
+
+from jaxdiff.models.attention import CrossAttention
+from jaxdiff.models.layers import Condition, sinusoidal_embedding
+from jaxdiff.models.simple_unet import SimpleUNet
+from jaxdiff.models.unet import UNet
+
+__all__ = ["Condition", "CrossAttention", "SimpleUNet", "UNet", "sinusoidal_embedding"]
