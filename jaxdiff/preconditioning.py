@@ -1,4 +1,4 @@
-"""Table 2, what the network predicts: one row (a, b) per prediction, F ~ a x_0 + b eps, and all else follows from it."""
+"""Table 2, what the network predicts: a row (a, b) per prediction, F ~ a x_0 + b eps, and all else follows from it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

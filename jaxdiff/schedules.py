@@ -40,9 +40,9 @@ def sigmoid_beta_schedule(timesteps: int, beta_start: float = 1e-4, beta_end: fl
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale sqrt(alpha_bar) so that its last entry is 0 and its first is kept (Lin et al. 2024, algorithm 1).
+    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and begins as it did (Lin et al. 2024, algorithm 1).
 
-    The last beta is then 1: the model must predict v, flow, x0 or EDM, since eps says nothing about x_0 where alpha = 0.
+    The last beta is then 1: the model must predict v, flow, x0 or edm, since eps tells nothing of x_0 at alpha = 0.
     """
     root = np.sqrt(np.cumprod(1 - betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])

@@ -121,7 +121,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: residual blocks that each take a skip, attention where asked for, then twice the size."""
+    """One level on the way up: residual blocks that each take a skip, attention where asked for, twice the size."""
 
     channels: int
     layers: int

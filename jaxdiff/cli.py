@@ -1,0 +1,117 @@
+"""The command lines of train.py and sample.py: options, their defaults, and mistakes told in a sentence."""
+
+import argparse
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from jaxdiff.checkpoints import read_run
+from jaxdiff.config import Config, Count, Positive, Sampling, load_recipe, override, validate
+from jaxdiff.errors import JaxdiffError
+from jaxdiff.pipelines import Diffuser
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of train.py: a recipe, where to put the run, and any value of the recipe."""
+
+    config: str = "configs/digits.py"
+    """The recipe."""
+    workdir: str = ""
+    """Where the run is or will be; left empty, runs/<name of the recipe>."""
+    recipe: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of sample.py: a run, what to draw from it, and how."""
+
+    workdir: str = "runs/digits"
+    """The run."""
+    checkpoint: str = "latest"
+    """latest, best or a step."""
+    labels: tuple[str, ...] = ()
+    """Classes to draw, by number or name, repeated in turn; left empty, all of them."""
+    num: Positive = 80
+    """How many images."""
+    out: str = "samples.png"
+    """A picture of all (.png), or uint8 arrays (.npz)."""
+    columns: Count = 0
+    """Of the picture; 0 makes one a label, or a square."""
+    animation: str | None = None
+    """Also write the predicted images from noise to data as a .gif or .webp."""
+    seed: Count = 0
+    batch_size: Positive = 256
+    """Images drawn at a time."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+
+
+def parse_train_options(args: list[str], description: str) -> TrainOptions:
+    """The options of train.py; those of the recipe are named as in the recipe, as in `--train.steps`."""
+    path = _peek(args, "--config", TrainOptions.config)
+    defaults = TrainOptions(path, f"runs/{Path(path).stem}", load_recipe(path))
+    return validate(override(defaults, args, "train.py", description))
+
+
+def parse_sample_options(args: list[str], description: str) -> SampleOptions:
+    """The options of sample.py; how to sample is what the run's config says unless told otherwise."""
+    workdir = _peek(args, "--workdir", SampleOptions.workdir)
+    helping = "--help" in args or "-h" in args
+    sampling = Sampling() if helping else read_run(workdir).config.sampling
+    options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
+    if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):
+        raise JaxdiffError(f"--out must end in .png, .jpg, .webp or .npz, and {options.out} does not.")
+    if options.animation and Path(options.animation).suffix not in (".gif", ".webp"):
+        raise JaxdiffError(f"--animation must end in .gif or .webp, and {options.animation} does not.")
+    return options
+
+
+def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.ndarray:
+    """Labels [num] int32, from numbers or names repeated in turn; none wanted is all classes.
+
+    Raises JaxdiffError for a class that the model does not know.
+    """
+    names = list(diffuser.class_names)
+    if wanted and not names:
+        raise JaxdiffError("This model was trained without classes: leave --labels out.")
+    numbers = []
+    for label in wanted:
+        if label in names:
+            numbers.append(names.index(label))
+        elif label.isdigit() and int(label) < len(names):
+            numbers.append(int(label))
+        else:
+            raise JaxdiffError(
+                f"There is no class {label!r}; there are the numbers 0 to {len(names) - 1}, or {', '.join(names)}."
+            )
+    return np.resize(numbers or range(max(len(names), 1)), num).astype(np.int32)
+
+
+def told_in_a_sentence(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Have a script's main print a JaxdiffError as one line and return 1; all else stays a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(args: list[str]) -> int:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("jaxdiff").setLevel(logging.INFO)
+        try:
+            return main(args)
+        except JaxdiffError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return wrapped
+
+
+def _peek(args: list[str], name: str, default: str) -> str:
+    """The value of one option, read before the others because their defaults depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, default=default)
+    return vars(parser.parse_known_args(args)[0])[name.removeprefix("--")]

@@ -1,0 +1,286 @@
+"""What a run is made of: typed, read from a recipe and the command line, checked as a whole, saved with the run."""
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from annotated_types import Ge, Gt, Interval
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from jaxdiff.errors import JaxdiffError
+
+Positive = Annotated[int, Gt(0)]
+Count = Annotated[int, Ge(0)]
+Rate = Annotated[float, Ge(0)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
+T = TypeVar("T")
+
+
+class _Strict:
+    """Has pydantic refuse names that a section does not have."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Data(_Strict):
+    """The images."""
+
+    name: str = "digits"
+    """"digits" (scikit-learn's, 8x8, embedded), "folder", or an image data set of tensorflow-datasets."""
+    data_dir: str | None = None
+    """The folder of images, or where tensorflow-datasets keeps its data (None: its own default)."""
+    split: str = "train"
+    """What to train on."""
+    eval_split: str | None = "test"
+    """What the checkpoints are compared on; None compares them by the training loss."""
+    image_size: Positive | None = None
+    """Resize the shorter side and crop the centre to this; None keeps the size."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for RGB; None keeps what there is."""
+    flip: bool = False
+    """Mirror every second image left to right, at random."""
+
+
+@dataclass(frozen=True)
+class SimpleUNet(_Strict):
+    """The course's network, without conditions."""
+
+    kind: Literal["simple_unet"] = "simple_unet"
+    channels: tuple[Positive, ...] = (64, 128, 256)
+    time_dim: Positive = 256
+
+
+@dataclass(frozen=True)
+class UNet(_Strict):
+    """The U-Net of DDPM and Stable Diffusion: see `jaxdiff.models.UNet`."""
+
+    kind: Literal["unet"] = "unet"
+    channels: tuple[Positive, ...] = (128, 256, 256, 256)
+    """Width of each level; each level halves the size of the one before."""
+    layers_per_block: Positive = 2
+    attention_levels: tuple[Count, ...] = (1,)
+    """The levels that attend, 0 being the largest."""
+    mid_attention: bool = True
+    num_heads: Positive | None = None
+    dim_head: Positive = 64
+    scale_shift: bool = False
+    """Time scales and shifts the second norm's output, and is not added before it."""
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    patch_size: Positive = 1
+    """This many by this many pixels enter as one: a space-to-depth stem."""
+    num_groups: Positive = 32
+    eps: Annotated[float, Gt(0)] = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: Literal[0, 1] = 0
+    downsample_padding: Literal[0, 1] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters stay float32."""
+    class_conditional: bool = True
+    """Embed the class of each image, where the data has classes."""
+
+
+_KINDS = {"simple_unet": SimpleUNet, "unet": UNet}
+
+
+@dataclass(frozen=True)
+class Diffusion(_Strict):
+    """The process and what is learned of it."""
+
+    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "vp", "edm", "flow"] = "linear"
+    timesteps: Positive = 1000
+    """Rows of a discrete schedule (the first four)."""
+    zero_terminal_snr: bool = False
+    """Rescale a discrete schedule so that it ends in pure noise."""
+    prediction: Literal["eps", "x0", "v", "flow", "score", "edm"] = "eps"
+    weighting: Literal["plain", "snr", "min_snr", "edm"] = "plain"
+    min_snr_gamma: Annotated[float, Gt(0)] = 5.0
+    sigma_data: Annotated[float, Gt(0)] = 0.5
+    """Standard deviation of the data, for the prediction and the weighting "edm"."""
+    time_distribution: Literal["uniform", "lognormal"] = "uniform"
+    lognormal_mean: float = -1.2
+    lognormal_std: Annotated[float, Gt(0)] = 1.2
+    stratified: bool = True
+    """Spread the times of a batch evenly; each by itself is distributed as before."""
+    class_dropout: Probability = 0.1
+    """How often the class is withheld in training, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Optimizer(_Strict):
+    """The optimiser and the averages of its parameters."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
+    warmup_steps: Count = 0
+    """Steps over which the learning rate grows from 0."""
+    decay: Literal["none", "cosine", "linear"] = "none"
+    """How the learning rate falls to 0 at train.steps."""
+    weight_decay: Rate = 0.01
+    """Of adamw alone."""
+    b1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Gt(0)] = 1e-8
+    clip_norm: Rate = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
+    """Of the averaged parameters, which samples are drawn from; the first steps average over fewer."""
+
+
+@dataclass(frozen=True)
+class Train(_Strict):
+    """The budget."""
+
+    steps: Positive = 10_000
+    batch_size: Positive = 128
+    """Images per step over all devices of all hosts."""
+    accumulate: Positive = 1
+    """Parts that a device's share of the batch is taken in, one after the other, to save memory."""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True)
+class Run(_Strict):
+    """How often things are written; may differ when a run is resumed. 0 is never."""
+
+    log_every: Positive = 50
+    checkpoint_every: Count = 500
+    """Also the rhythm of evaluation; the last step is always kept."""
+    eval_images: Positive = 1024
+    """At most this many images of the evaluation split are evaluated."""
+    keep: Positive = 2
+    """Newest checkpoints kept, beside the best."""
+    sample_every: Count = 1000
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Sampling(_Strict):
+    """How samples are drawn unless `sample.py` is told otherwise."""
+
+    solver: Literal["ddpm", "ddpm_large", "ddim"] = "ddim"
+    num_steps: Positive = 50
+    grid: Literal["trailing", "leading", "linspace", "karras"] = "trailing"
+    eta: Probability = 0.0
+    guidance_scale: Rate = 1.0
+    """0 ignores the class, 1 follows it as the model learned it, more exaggerates it."""
+    threshold: Literal["none", "clip", "dynamic"] = "clip"
+    """What is done to a predicted x_0 outside [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Config(_Strict):
+    """A whole run: what a recipe in configs/ makes."""
+
+    data: Data = Data()
+    model: Annotated[SimpleUNet | UNet, Field(discriminator="kind")] = UNet()
+    diffusion: Diffusion = Diffusion()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    run: Run = Run()
+    sampling: Sampling = Sampling()
+
+
+def load_recipe(path: str | Path) -> Config:
+    """The `config` that a recipe defines. Raises JaxdiffError where there is no such file, or what it says is wrong."""
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        known = ", ".join(sorted(p.name for p in path.parent.glob("*.py"))) or "none"
+        raise JaxdiffError(f"There is no recipe {path}; recipes in {path.parent}: {known}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, NameError, ImportError, AttributeError, TypeError) as error:
+        raise JaxdiffError(f"The recipe {path} can not be read: {error}.") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise JaxdiffError(f"The recipe {path} does not define `config = Config(...)`.")
+    return validate(config)
+
+
+def override(config: T, args: list[str], prog: str, description: str = "") -> T:
+    """A config with options such as `--train.steps 2000` put in their place, not yet validated.
+
+    An option that does not exist or does not parse is told on the terminal, with what was perhaps meant, and the
+    program leaves with status 2.
+    """
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=args,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def validate(config: T) -> T:
+    """The config itself, where every value is one that is allowed; raises JaxdiffError with a sentence a mistake."""
+    return from_dict(type(config), dataclasses.asdict(config))
+
+
+def from_dict(section: type[T], values: dict) -> T:
+    """A section, or the whole Config, from nested dicts. Raises JaxdiffError with a sentence for each mistake."""
+    try:
+        config = TypeAdapter(section).validate_python(values)
+    except ValidationError as error:
+        raise JaxdiffError(" ".join(_sentence(entry, section) for entry in error.errors())) from error
+    if isinstance(config, Config):
+        _check_together(config.diffusion)
+    return config
+
+
+def to_dict(config: Any) -> dict:
+    """The config as what JSON can hold; `from_dict` takes it back."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _check_together(diffusion: Diffusion) -> None:
+    if diffusion.zero_terminal_snr and diffusion.schedule in ("vp", "edm", "flow"):
+        raise JaxdiffError(
+            "diffusion.zero_terminal_snr rescales betas, and the schedule "
+            f"{diffusion.schedule!r} has none: choose linear, cosine, scaled_linear or sigmoid."
+        )
+    if diffusion.zero_terminal_snr and diffusion.prediction in ("eps", "score"):
+        raise JaxdiffError(
+            f"diffusion.prediction {diffusion.prediction!r} tells nothing of the image where zero_terminal_snr ends: "
+            "choose v, x0, flow or edm."
+        )
+
+
+def _sentence(error: dict, section: type) -> str:
+    """One mistake that pydantic found: where it is, what is allowed, what was given."""
+    # the model's kind stands in the path though it is no part of the option's name
+    where = ".".join(str(part) for part in error["loc"] if part not in _KINDS)
+    if error["type"] == "unexpected_keyword_argument":
+        return f"There is no option {where}; there are {_siblings(error['loc'][:-1], section)}."
+    if error["type"].startswith("union_tag"):
+        return f"{where}.kind must be one of {', '.join(_KINDS)}."
+    return f"{where} {error['msg'].removeprefix('Input ')}, not {error['input']!r}."
+
+
+def _siblings(path: tuple[str, ...], section: type) -> str:
+    """The options that a section has at a path."""
+    for name in path:
+        types = {field.name: field.type for field in dataclasses.fields(section)}
+        section = _KINDS[path[-1]] if name == "model" else types.get(name, section)
+    return ", ".join(field.name for field in dataclasses.fields(section))
+
+
+def differences(one: Config, other: Config, *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Where two configs differ, as "train.steps: 1000 and 2000"; `ignore` names sections or single options."""
+
+    def flat(tree: dict, prefix: str = "") -> dict:
+        entries = {}
+        for name, value in tree.items():
+            path = prefix + name
+            if path not in ignore:
+                entries |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
+        return entries
+
+    a, b = flat(to_dict(one)), flat(to_dict(other))
+    return [f"{path}: {a.get(path)} and {b.get(path)}" for path in sorted({*a, *b}) if a.get(path) != b.get(path)]

@@ -1,0 +1,220 @@
+"""The loop: batches in, one pmapped step after the other, and what is written at intervals."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import jax_utils
+
+from jaxdiff import checkpoints as ckpt
+from jaxdiff.config import Config, Train
+from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
+from jaxdiff.errors import JaxdiffError
+from jaxdiff.images import make_grid_image, save_image
+from jaxdiff.pipelines import Diffuser, check_sampling, generate, make_sampler, over_local_devices
+from jaxdiff.training.reporting import Reporter
+from jaxdiff.training.state import METRICS, TrainState, init_state, learning_rate_schedule, zero_sums
+from jaxdiff.training.step import make_eval_loss, make_train_step
+
+AXIS = "batch"
+
+
+def fit(config: Config, workdir: str | Path) -> int:
+    """Train what a config describes, in a workdir, from its newest checkpoint on if there is one.
+
+    Returns the step that was reached: `config.train.steps`, or less where SIGTERM or Ctrl-C asked for an end; the state
+    is saved in either case. Raises JaxdiffError for what can not be trained, and where the loss is no longer finite;
+    what was saved before then stays.
+    """
+    local_size = split_batch(config.train)
+    dataset, eval_dataset = open_datasets(config)
+    diffuser = ckpt.open_run(config, dataset.image_shape, dataset.class_names, workdir)
+    check_sampling(diffuser, config.sampling)
+    checkpoints = ckpt.open_checkpoints(workdir, config.run.keep)
+    state = init_state(diffuser)
+    start = checkpoints.latest_step() or 0
+    if start:
+        state = restore_state(checkpoints, start, state)
+
+    is_main = jax.process_index() == 0
+    with Reporter(workdir, start, config.train.steps, config.run.tensorboard) as report, stop_signal() as stopped:
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        report.say(
+            f"{size:,} parameters, {dataset.size:,} images {'x'.join(map(str, dataset.image_shape))}, "
+            f"{jax.device_count()} {jax.devices()[0].platform} device(s), batches of {config.train.batch_size}"
+        )
+        if start:
+            report.say(f"going on from step {start}")
+        if start >= config.train.steps:
+            report.say(f"the run is at step {start} of {config.train.steps}: nothing is left to train")
+            return start
+
+        source = batches(
+            dataset,
+            config.train.batch_size,
+            seed=config.train.seed,
+            flip=config.data.flip,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+        reader = prefetched(source, start)
+        state = jax_utils.replicate(state)
+        example = split_over_devices(source[start], local_size)
+        train_step, seconds = compile_step(diffuser, state, example)
+        report.say(f"compiled in {seconds:.0f} s")
+        evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
+        draw = make_sampler(diffuser, guided=config.sampling.guidance_scale != 1, threshold=config.sampling.threshold)
+        rate_of = learning_rate_schedule(config.optimizer, config.train)
+        mean_loss = float("nan")
+
+        report.restart_clock(start)
+        for step, batch in enumerate(reader, start + 1):
+            state = train_step(state, split_over_devices(batch, local_size))
+            stopping = stopped()
+            last = step == config.train.steps or stopping
+            logging = due(step, config.run.log_every)
+            saving = last or due(step, config.run.checkpoint_every)
+            drawing = due(step, config.run.sample_every) or step == config.train.steps
+            if logging or saving:  # the only places where the host waits for the devices
+                means = mean_metrics(state, step, checkpoints)
+                mean_loss = means["loss"]
+            if logging:
+                speed = report.rate(step) * config.train.batch_size
+                rate = float(rate_of(step - 1))
+                report.metrics(step, {**means, "learning_rate": rate, "images_per_second": round(speed, 1)})
+                report.progress(step, mean_loss, speed)
+                state = state.replace(sums=jax_utils.replicate(zero_sums()))
+            if saving:
+                host = jax.device_get(jax_utils.unreplicate(state))
+                score = None if stopping else mean_loss  # a stop has no time to evaluate, and is no candidate for best
+                if evaluate and not stopping:
+                    score = evaluate(host.ema_params)
+                    report.metrics(step, {"eval_loss": score})
+                    report.say(f"step {step}  eval loss {score:.4f}")
+                ckpt.save(checkpoints, step, host.replace(ema_params=None), host.ema_params, score)
+            if drawing and is_main and not stopping:
+                draw_samples(diffuser, jax_utils.unreplicate(state.ema_params), Path(workdir), step, draw, report)
+            if logging or saving or drawing:
+                report.restart_clock(step)
+            if last:
+                break
+        reader.close()
+        checkpoints.close()  # waits for what is being saved
+        if step < config.train.steps:
+            report.say(f"stopped and saved at step {step}: the same command goes on from there")
+    return step
+
+
+def due(step: int, every: int) -> bool:
+    """Whether a step is one of every so many; 0 is never."""
+    return bool(every) and step % every == 0
+
+
+def split_batch(train: Train) -> int:
+    """How many images a device takes; JaxdiffError where the global batch does not divide."""
+    ways = jax.device_count() * train.accumulate
+    if train.batch_size % ways:
+        below = train.batch_size // ways * ways
+        near = f"{below} or {below + ways}" if below else f"{ways}"
+        raise JaxdiffError(
+            f"train.batch_size {train.batch_size} does not divide by {jax.device_count()} device(s) x "
+            f"{train.accumulate} accumulated part(s): take {near}."
+        )
+    return train.batch_size // jax.device_count()
+
+
+def split_over_devices(batch: dict[str, np.ndarray], local_size: int) -> dict[str, np.ndarray]:
+    """Give each device its part of this host's batch: [devices x B, ...] to [devices, B, ...]."""
+    return {name: x.reshape(-1, local_size, *x.shape[1:]) for name, x in batch.items()}
+
+
+def open_datasets(config: Config) -> tuple[ImageDataset, ImageDataset | None]:
+    """The data to train on and the data to evaluate on, if the config names a split for it."""
+    data = config.data
+    options = {"data_dir": data.data_dir, "image_size": data.image_size, "channels": data.channels}
+    dataset = open_dataset(data.name, data.split, **options)
+    return dataset, open_dataset(data.name, data.eval_split, **options) if data.eval_split else None
+
+
+def compile_step(diffuser: Diffuser, state: TrainState, batch: dict[str, np.ndarray]) -> tuple[Callable, float]:
+    """The train step over this host's devices, compiled for the shapes of a state and a batch, and the seconds."""
+    began = time.perf_counter()
+    step = jax.pmap(make_train_step(diffuser, AXIS), axis_name=AXIS, donate_argnums=0)
+    return step.lower(state, batch).compile(), time.perf_counter() - began
+
+
+def restore_state(checkpoints: Any, step: int, like: TrainState) -> TrainState:
+    """The state saved at a step."""
+    parts = ckpt.restore(checkpoints, step, {"state": like.replace(ema_params=None), "ema_params": like.ema_params})
+    return parts["state"].replace(ema_params=parts["ema_params"])
+
+
+def mean_metrics(state: TrainState, step: int, checkpoints: Any) -> dict[str, float]:
+    """The means since the last report; JaxdiffError where one is not finite, so that such a state is never saved."""
+    sums = {name: float(x) for name, x in jax.device_get(jax_utils.unreplicate(state.sums)).items()}
+    means = {name: sums[name] / sums["count"] for name in METRICS}
+    if not all(np.isfinite(value) for value in means.values()):
+        checkpoints.close()
+        kept = checkpoints.latest_step()
+        raise JaxdiffError(
+            f"The loss or its gradient is not finite ({means['loss']}, {means['grad_norm']}) in the "
+            f"{int(sums['count'])} steps up to {step}: lower optimizer.learning_rate or look at the data; "
+            f"{f'the checkpoint of step {kept} is kept' if kept else 'nothing was saved yet'}."
+        )
+    return means
+
+
+def make_evaluation(diffuser: Diffuser, dataset: ImageDataset, most: int, batch_size: int = 256) -> Callable:
+    """evaluate(params) -> the mean loss over the first `most` images of a data set, on this host's devices."""
+    eval_loss = make_eval_loss(diffuser)
+    count = min(most, dataset.size)
+    batch_size = -(-min(batch_size, count) // jax.local_device_count()) * jax.local_device_count()
+    split, whole = over_local_devices()
+
+    def evaluate(params: Any) -> float:
+        params = jax.device_put(params, whole)
+        losses = []
+        for begin in range(0, count, batch_size):
+            index = np.arange(begin, begin + batch_size)
+            batch = jax.device_put(dataset.read(index % count), split)
+            losses.append(eval_loss(params, batch, jnp.asarray(index)))
+        return float(np.mean(np.concatenate(losses)[:count]))
+
+    return evaluate
+
+
+def draw_samples(diffuser: Diffuser, params: Any, workdir: Path, step: int, draw: Callable, report: Reporter) -> None:
+    """Draw a grid, a row a class (at most ten), and write it to samples/ and to TensorBoard."""
+    columns = 8
+    labels = np.repeat(np.arange(min(len(diffuser.class_names), 10) or columns), columns)
+    sampling = diffuser.config.sampling
+    images = np.concatenate([part.images for part in generate(diffuser, params, labels, sampling, draw=draw)])
+    path = workdir / "samples" / f"step_{step:07d}.png"
+    save_image(images, path, columns)
+    report.picture(step, np.asarray(make_grid_image(images, columns)))
+    report.say(f"step {step}  samples in {path}")
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGTERM or Ctrl-C into a question that the loop asks; a second one ends the program as ever."""
+    asked = []
+    before = {}
+
+    def handle(number, frame):
+        asked.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""Everything that training changes, in one pytree, and the optimiser that changes it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdiff.config import Optimizer, Train
+from jaxdiff.pipelines import Diffuser, init_params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state after `step` updates.
+
+    ema_params: the moving average of params, which samples are drawn from. sums: of each metric over the steps since
+    it was last reported, and their "count"; part of the state so that a resumed run reports what an unbroken one does.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    sums: dict[str, jax.Array]
+
+
+METRICS = ("loss", "grad_norm")
+
+
+def zero_sums() -> dict[str, jax.Array]:
+    """Sums over no steps."""
+    return {name: jnp.zeros(()) for name in (*METRICS, "count")}
+
+
+def learning_rate_schedule(optimizer: Optimizer, train: Train) -> optax.Schedule:
+    """Step -> learning rate: linear from 0 over the warm-up, then constant or falling to 0 at the last step."""
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    rest = max(train.steps - warmup, 1)
+    after = {
+        "none": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    }[optimizer.decay]()
+    if not warmup:
+        return after
+    # from 1 / warmup and not from 0, at which the first step would change nothing
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
+
+
+def make_optimizer(optimizer: Optimizer, train: Train) -> optax.GradientTransformation:
+    """Clipping, then Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) on the learning rate's schedule."""
+    rate = learning_rate_schedule(optimizer, train)
+    moments = {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+    if optimizer.name == "adamw":
+        update = optax.adamw(rate, weight_decay=optimizer.weight_decay, **moments)
+    else:
+        update = optax.adam(rate, **moments)
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
+    return optax.chain(clip, update)
+
+
+def init_state(diffuser: Diffuser) -> TrainState:
+    """The state before the first step: a function of the config, its seed included."""
+    config = diffuser.config
+    params = jax.jit(lambda: init_params(diffuser, jax.random.key(config.train.seed)))()
+    opt_state = make_optimizer(config.optimizer, config.train).init(params)
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, zero_sums())

@@ -1,0 +1,68 @@
+"""Draw samples from a run: python sample.py --workdir runs/digits --labels 3 7 --num 64 --out digits.png.
+
+The i-th image follows the i-th label, the labels repeated as often as needed. Writes a grid as a picture (.png), or
+images and labels as arrays for scripts (.npz), and prints one JSON line about what it drew.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxdiff.checkpoints import load_run
+from jaxdiff.cli import choose_labels, parse_sample_options, told_in_a_sentence
+from jaxdiff.images import save_animation, save_arrays, save_image
+from jaxdiff.pipelines import generate
+
+FRAMES = 60  # of an animation, at most
+
+
+@told_in_a_sentence
+def main(args: list[str]) -> int:
+    """Sample, and return the exit status."""
+    options = parse_sample_options(args, description=__doc__)
+    diffuser, params, step = load_run(options.workdir, options.checkpoint)
+    labels = choose_labels(diffuser, options.labels, options.num)
+    columns = options.columns or len(options.labels) or len(diffuser.class_names) or None
+
+    began = time.perf_counter()
+    images, frames = [], []
+    with tqdm(total=len(labels), unit="image", disable=None) as progress:
+        for part in generate(
+            diffuser,
+            params,
+            labels,
+            options.sampling,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            frames=FRAMES if options.animation else 0,
+        ):
+            images.append(part.images)
+            frames.append(part.frames)
+            progress.update(len(part.images))
+    images = np.concatenate(images)
+    seconds = time.perf_counter() - began
+
+    if options.out.endswith(".npz"):
+        save_arrays(options.out, images=images, labels=labels)
+    else:
+        save_image(images, options.out, columns)
+    if options.animation:
+        save_animation(np.concatenate(frames, axis=1), options.animation, columns)
+    told = {
+        "out": options.out,
+        "images": len(images),
+        "step": step,
+        "seed": options.seed,
+        **vars(options.sampling),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(len(images) / seconds, 1),
+    }
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
