@@ -51,7 +51,7 @@ def dynamic_threshold(denoise: Denoiser, percentile: float = 99.5) -> Denoiser:
 
     def thresholded(x: jax.Array, node: Node) -> jax.Array:
         x_0 = denoise(x, node)
-        s = jnp.percentile(jnp.abs(x_0), percentile, axis=range(1, x_0.ndim), keepdims=True)
+        s = jnp.percentile(jnp.abs(x_0), percentile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
         s = jnp.maximum(s, 1.0)
         return jnp.clip(x_0, -s, s) / s
 

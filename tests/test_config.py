@@ -1,0 +1,140 @@
+"""Configs: what is refused and in which words, the command line, and that they survive being saved."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxdiff import config as c
+from jaxdiff import models
+from jaxdiff.config import Config, Data, Diffusion, Optimizer, SimpleUNet, Train, UNet
+from jaxdiff.errors import JaxdiffError
+from jaxdiff.guidance import THRESHOLDS
+from jaxdiff.losses import TIME_DISTRIBUTIONS, WEIGHTINGS
+from jaxdiff.pipelines import init_params, make_diffuser
+from jaxdiff.preconditioning import PREDICTIONS
+from jaxdiff.schedules import BETA_SCHEDULES, CONTINUOUS_PROCESSES
+from jaxdiff.solvers import GRIDS, SOLVERS
+
+RECIPES = Path(__file__).parent.parent / "configs"
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+
+def choices(section: type, name: str) -> tuple[str, ...]:
+    return {field.name: field.type for field in dataclasses.fields(section)}[name].__args__
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_load_survive_saving_and_fit_their_images(path):
+    config = c.load_recipe(path)
+    assert c.from_dict(Config, c.to_dict(config)) == config
+    make_diffuser(config, SHAPES[path.stem], [str(i) for i in range(10)])
+
+
+def test_cifar10_is_the_paper_s_network():
+    diffuser = make_diffuser(c.load_recipe(RECIPES / "cifar10.py"), (32, 32, 3), ["a", "b"])
+    params = jax.eval_shape(lambda: init_params(diffuser, jax.random.key(0)))
+    assert sum(x.size for x in jax.tree.leaves(params)) == 35_746_307
+
+
+def test_choices_are_the_registries():
+    """The names that a config allows are the names that the library knows."""
+    assert set(choices(c.Sampling, "solver")) == set(SOLVERS)
+    assert set(choices(c.Sampling, "grid")) == set(GRIDS)
+    assert set(choices(c.Sampling, "threshold")) == set(THRESHOLDS)
+    assert set(choices(c.Diffusion, "prediction")) == set(PREDICTIONS)
+    assert set(choices(c.Diffusion, "weighting")) == set(WEIGHTINGS)
+    assert set(choices(c.Diffusion, "time_distribution")) == set(TIME_DISTRIBUTIONS)
+    assert set(choices(c.Diffusion, "schedule")) == {*BETA_SCHEDULES, *CONTINUOUS_PROCESSES}
+
+
+@pytest.mark.parametrize(("section", "module"), [(UNet, models.UNet), (SimpleUNet, models.SimpleUNet)])
+def test_a_network_s_section_has_the_network_s_options_and_defaults(section, module):
+    ours = {f.name: f.default for f in dataclasses.fields(section)}
+    theirs = {f.name: f.default for f in dataclasses.fields(module)}
+    beside = {"kind", "class_conditional", "dtype"}
+    assert {name: ours[name] for name in ours if name not in beside} == {
+        name: theirs[name] for name in ours if name not in beside
+    }
+
+
+def test_override():
+    base = Config(data=Data(name="mnist"), model=SimpleUNet())
+    args = ["--train.steps", "7", "--model.channels", "8", "16", "--data.flip", "--run.log-every", "3"]
+    new = c.validate(c.override(base, args, "train.py"))
+    assert (new.train.steps, new.model, new.data) == (7, SimpleUNet(channels=(8, 16)), Data(name="mnist", flip=True))
+    assert c.differences(base, new, ignore=("run", "train.steps")) == [
+        "data.flip: False and True",
+        "model.channels: [64, 128, 256] and [8, 16]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--train.stpes", "7"], "--train.steps"),
+        (["--train.steps", "many"], "many"),
+        (["--diffusion.prediction", "noise"], "eps"),
+    ],
+)
+def test_a_wrong_option_leaves_with_what_is_allowed(args, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        c.override(Config(), args, "train.py")
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Config(train=Train(steps=0)), "train.steps should be greater than 0, not 0."),
+        (Config(train=Train(steps="all")), "train.steps should be a valid integer"),
+        (Config(optimizer=Optimizer(ema_decay=1.0)), "optimizer.ema_decay should be less than 1, not 1.0."),
+        (Config(diffusion=Diffusion(prediction="noise")), "'eps', 'x0', 'v', 'flow', 'score' or 'edm', not 'noise'."),
+        (Config(model=UNet(channels=(64, 0))), "model.channels.1 should be greater than 0, not 0."),
+        (Config(diffusion=Diffusion(zero_terminal_snr=True)), "choose v, x0, flow or edm."),
+        (Config(diffusion=Diffusion(zero_terminal_snr=True, schedule="vp", prediction="v")), "choose linear, cosine"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(config, said):
+    with pytest.raises(JaxdiffError) as error:
+        c.validate(config)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"trian": {}}, "There is no option trian; there are data, model, diffusion"),
+        ({"train": {"stpes": 1}}, "There is no option train.stpes; there are steps, batch_size"),
+        ({"model": {"kind": "unet", "width": 1}}, "There is no option model.width; there are kind, channels"),
+        ({"model": {"kind": "dit"}}, "model.kind must be one of simple_unet, unet."),
+    ],
+)
+def test_a_wrong_name_is_told_with_what_there_is(values, said):
+    with pytest.raises(JaxdiffError) as error:
+        c.from_dict(Config, values)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("from jaxdiff.config import *\nconfig = Config(train=Train(stpes=3))", "stpes"),
+        ("from jaxdiff.config import *\nconfig = Config(train=Train(steps=-3))", "train.steps should be greater"),
+        ("config = 3", r"does not define `config = Config\(\.\.\.\)`"),
+        ("config = (", "can not be read"),
+    ],
+)
+def test_a_wrong_recipe_is_told(text, said, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(JaxdiffError, match=said):
+        c.load_recipe(path)
+
+
+def test_an_unknown_recipe_is_told_with_the_known_ones():
+    with pytest.raises(JaxdiffError, match=r"cifar10.py, digits.py, fashion_mnist.py, mnist.py"):
+        c.load_recipe(RECIPES / "digit.py")
