@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from jaxdiff.config import Config, differences, from_dict, to_dict
@@ -98,6 +99,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: dict[str, Any])
     where = Path(checkpoints.directory) / str(step)
     template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     try:
+        for name in like:
+            _read_through(where / name)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in template.items()}
         restored = checkpoints.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore(), **args))
         sums = {name: checksum(restored[name]) for name in like}
@@ -108,6 +111,16 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: dict[str, Any])
     if not intact:
         raise JaxdiffError(_damaged(where, "its checksum differs", checkpoints))
     return {name: restored[name] for name in like}
+
+
+def _read_through(part: Path) -> None:
+    """Read every value of a part, one after the other.
+
+    Orbax reads them side by side, and when one fails the others print tracebacks of the event loop that it left.
+    """
+    database = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{part}/"}).result()
+    for key in database.list().result():
+        database.read(key).result()
 
 
 def _damaged(where: Path, reason: str, checkpoints: ocp.CheckpointManager) -> str:
@@ -145,9 +158,7 @@ def load_run(workdir: str | Path, which: str | int = "latest") -> tuple[Diffuser
     diffuser = read_run(workdir)
     if not (Path(workdir) / "checkpoints").is_dir():
         raise JaxdiffError(f"The run in {workdir} has no checkpoint yet.")
-    checkpoints = open_checkpoints(workdir, writing=False)
-    step = choose_step(checkpoints, which, workdir)
     like = {"ema_params": jax.eval_shape(lambda: init_params(diffuser, jax.random.key(0)))}
-    params = restore(checkpoints, step, like)["ema_params"]
-    checkpoints.close()
-    return diffuser, params, step
+    with open_checkpoints(workdir, writing=False) as checkpoints:
+        step = choose_step(checkpoints, which, workdir)
+        return diffuser, restore(checkpoints, step, like)["ema_params"], step

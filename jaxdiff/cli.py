@@ -99,7 +99,7 @@ def told_in_a_sentence(main: Callable[[list[str]], int]) -> Callable[[list[str]]
 
     @functools.wraps(main)
     def wrapped(args: list[str]) -> int:
-        logging.basicConfig(format="%(message)s")
+        logging.basicConfig(format="%(message)s", force=True)  # importing Orbax has already set another format
         logging.getLogger("jaxdiff").setLevel(logging.INFO)
         try:
             return main(args)

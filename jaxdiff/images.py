@@ -28,7 +28,7 @@ def make_grid_image(images: UInt8[np.ndarray, "N H W C"], columns: int | None = 
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    zoom = max(1, 48 // max(height, width))
+    zoom = max(1, round(64 / max(height, width)))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     gap = np.full((rows * columns, zoom * height + 2, zoom * width + 2, channels), 255, np.uint8)
     gap[:count, 1:-1, 1:-1] = images

@@ -106,7 +106,8 @@ def in_memory(dataset: ImageDataset, max_bytes: int = 2 << 30, block: int = 256)
     n_bytes = dataset.size * math.prod(dataset.image_shape)
     if n_bytes > max_bytes:
         return dataset
-    logger.info("decoding %d images into %.1f MB of memory", dataset.size, n_bytes / 1e6)
+    if dataset.size > 5000:  # some seconds, in which nothing else would be seen
+        logger.info("decoding %d images into %.1f MB of memory", dataset.size, n_bytes / 1e6)
     images = np.empty((dataset.size, *dataset.image_shape), np.uint8)
     labels = np.empty(dataset.size, np.int32)
 

@@ -270,9 +270,7 @@ class UNet(nn.Module):
                 raise JaxdiffError(f"channels must divide by num_groups {self.num_groups}, and {channels} does not.")
         for channels in attending:
             if channels % resolve_heads(channels, self.num_heads, self.dim_head):
-                raise JaxdiffError(
-                    f"{channels} channels do not divide into heads as num_heads or dim_head ask."
-                )
+                raise JaxdiffError(f"{channels} channels do not divide into heads as num_heads or dim_head ask.")
         if bad := [i for i in self.attention_levels if not 0 <= i < levels]:
             raise JaxdiffError(f"attention_levels must lie in 0 ... {levels - 1}, and {bad} do not.")
         for what, built, given in (

@@ -3,13 +3,15 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 from flax import jax_utils
 
 from jaxdiff import checkpoints as ckpt
@@ -32,47 +34,57 @@ def fit(config: Config, workdir: str | Path) -> int:
     is saved in either case. Raises JaxdiffError for what can not be trained, and where the loss is no longer finite;
     what was saved before then stays.
     """
-    local_size = split_batch(config.train)
+    split_batch(config.train)  # said before data are read, if it does not divide
     dataset, eval_dataset = open_datasets(config)
     diffuser = ckpt.open_run(config, dataset.image_shape, dataset.class_names, workdir)
     check_sampling(diffuser, config.sampling)
-    checkpoints = ckpt.open_checkpoints(workdir, config.run.keep)
-    state = init_state(diffuser)
-    start = checkpoints.latest_step() or 0
-    if start:
-        state = restore_state(checkpoints, start, state)
-
-    is_main = jax.process_index() == 0
-    with Reporter(workdir, start, config.train.steps, config.run.tensorboard) as report, stop_signal() as stopped:
-        size = sum(x.size for x in jax.tree.leaves(state.params))
-        report.say(
-            f"{size:,} parameters, {dataset.size:,} images {'x'.join(map(str, dataset.image_shape))}, "
-            f"{jax.device_count()} {jax.devices()[0].platform} device(s), batches of {config.train.batch_size}"
-        )
+    with ckpt.open_checkpoints(workdir, config.run.keep) as checkpoints:
+        state = init_state(diffuser)
+        start = checkpoints.latest_step() or 0
         if start:
-            report.say(f"going on from step {start}")
-        if start >= config.train.steps:
-            report.say(f"the run is at step {start} of {config.train.steps}: nothing is left to train")
-            return start
+            state = restore_state(checkpoints, start, state)
+        with Reporter(workdir, start, config.train.steps, config.run.tensorboard) as report:
+            size = sum(x.size for x in jax.tree.leaves(state.params))
+            report.say(
+                f"{size:,} parameters, {dataset.size:,} images {'x'.join(map(str, dataset.image_shape))}, "
+                f"{jax.device_count()} {jax.devices()[0].platform} device(s), batches of {config.train.batch_size}"
+            )
+            if start:
+                report.say(f"going on from step {start}")
+            if start >= config.train.steps:
+                report.say(f"the run is at step {start} of {config.train.steps}: nothing is left to train")
+                return start
+            step = run_steps(diffuser, state, start, dataset, eval_dataset, Path(workdir), checkpoints, report)
+        checkpoints.wait_until_finished()
+    if step < config.train.steps:
+        print(f"stopped and saved at step {step}: the same command goes on from there", flush=True)
+    return step
 
-        source = batches(
-            dataset,
-            config.train.batch_size,
-            seed=config.train.seed,
-            flip=config.data.flip,
-            shard=(jax.process_index(), jax.process_count()),
-        )
-        reader = prefetched(source, start)
-        state = jax_utils.replicate(state)
-        example = split_over_devices(source[start], local_size)
-        train_step, seconds = compile_step(diffuser, state, example)
-        report.say(f"compiled in {seconds:.0f} s")
-        evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
-        draw = make_sampler(diffuser, guided=config.sampling.guidance_scale != 1, threshold=config.sampling.threshold)
-        rate_of = learning_rate_schedule(config.optimizer, config.train)
-        mean_loss = float("nan")
 
-        report.restart_clock(start)
+def run_steps(
+    diffuser: Diffuser,
+    state: TrainState,
+    start: int,
+    dataset: ImageDataset,
+    eval_dataset: ImageDataset | None,
+    workdir: Path,
+    checkpoints: ocp.CheckpointManager,
+    report: Reporter,
+) -> int:
+    """Take the steps after `start`, and all that is due at them; returns the last, whose state is being saved."""
+    config = diffuser.config
+    local_size = split_batch(config.train)
+    shard = (jax.process_index(), jax.process_count())
+    source = batches(dataset, config.train.batch_size, seed=config.train.seed, flip=config.data.flip, shard=shard)
+    state = jax_utils.replicate(state)
+    train_step, seconds = compile_step(diffuser, state, split_over_devices(source[start], local_size))
+    report.say(f"compiled in {seconds:.0f} s")
+    evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
+    draw = make_sampler(diffuser, guided=config.sampling.guidance_scale != 1, threshold=config.sampling.threshold)
+    learning_rate = learning_rate_schedule(config.optimizer, config.train)
+
+    report.restart_clock(start)
+    with stop_signal() as stopped, closing(prefetched(source, start)) as reader:
         for step, batch in enumerate(reader, start + 1):
             state = train_step(state, split_over_devices(batch, local_size))
             stopping = stopped()
@@ -82,32 +94,28 @@ def fit(config: Config, workdir: str | Path) -> int:
             drawing = due(step, config.run.sample_every) or step == config.train.steps
             if logging or saving:  # the only places where the host waits for the devices
                 means = mean_metrics(state, step, checkpoints)
-                mean_loss = means["loss"]
             if logging:
                 speed = report.rate(step) * config.train.batch_size
-                rate = float(rate_of(step - 1))
-                report.metrics(step, {**means, "learning_rate": rate, "images_per_second": round(speed, 1)})
-                report.progress(step, mean_loss, speed)
+                rates = {"learning_rate": float(learning_rate(step - 1)), "images_per_second": round(speed, 1)}
+                report.metrics(step, means | rates)
+                report.progress(step, means["loss"], speed)
                 state = state.replace(sums=jax_utils.replicate(zero_sums()))
             if saving:
                 host = jax.device_get(jax_utils.unreplicate(state))
-                score = None if stopping else mean_loss  # a stop has no time to evaluate, and is no candidate for best
+                score = None if stopping else means["loss"]  # a stop has no time to evaluate: no candidate for best
                 if evaluate and not stopping:
                     score = evaluate(host.ema_params)
+                    check_finite({"eval_loss": score}, step, checkpoints)
                     report.metrics(step, {"eval_loss": score})
                     report.say(f"step {step}  eval loss {score:.4f}")
+                check_finite({"norm of the parameters": float(optax.global_norm(host.params))}, step, checkpoints)
                 ckpt.save(checkpoints, step, host.replace(ema_params=None), host.ema_params, score)
-            if drawing and is_main and not stopping:
-                draw_samples(diffuser, jax_utils.unreplicate(state.ema_params), Path(workdir), step, draw, report)
+            if drawing and jax.process_index() == 0 and not stopping:
+                draw_samples(diffuser, jax_utils.unreplicate(state.ema_params), workdir, step, draw, report)
             if logging or saving or drawing:
                 report.restart_clock(step)
             if last:
-                break
-        reader.close()
-        checkpoints.close()  # waits for what is being saved
-        if step < config.train.steps:
-            report.say(f"stopped and saved at step {step}: the same command goes on from there")
-    return step
+                return step
 
 
 def due(step: int, every: int) -> bool:
@@ -148,25 +156,31 @@ def compile_step(diffuser: Diffuser, state: TrainState, batch: dict[str, np.ndar
     return step.lower(state, batch).compile(), time.perf_counter() - began
 
 
-def restore_state(checkpoints: Any, step: int, like: TrainState) -> TrainState:
+def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
     """The state saved at a step."""
     parts = ckpt.restore(checkpoints, step, {"state": like.replace(ema_params=None), "ema_params": like.ema_params})
     return parts["state"].replace(ema_params=parts["ema_params"])
 
 
-def mean_metrics(state: TrainState, step: int, checkpoints: Any) -> dict[str, float]:
+def mean_metrics(state: TrainState, step: int, checkpoints: ocp.CheckpointManager) -> dict[str, float]:
     """The means since the last report; JaxdiffError where one is not finite, so that such a state is never saved."""
     sums = {name: float(x) for name, x in jax.device_get(jax_utils.unreplicate(state.sums)).items()}
     means = {name: sums[name] / sums["count"] for name in METRICS}
-    if not all(np.isfinite(value) for value in means.values()):
-        checkpoints.close()
-        kept = checkpoints.latest_step()
-        raise JaxdiffError(
-            f"The loss or its gradient is not finite ({means['loss']}, {means['grad_norm']}) in the "
-            f"{int(sums['count'])} steps up to {step}: lower optimizer.learning_rate or look at the data; "
-            f"{f'the checkpoint of step {kept} is kept' if kept else 'nothing was saved yet'}."
-        )
+    check_finite(means, step, checkpoints)
     return means
+
+
+def check_finite(values: dict[str, float], step: int, checkpoints: ocp.CheckpointManager) -> None:
+    """Raise a JaxdiffError where a number that tells of the state at a step is not finite."""
+    if all(np.isfinite(value) for value in values.values()):
+        return
+    checkpoints.wait_until_finished()
+    kept = checkpoints.latest_step()
+    raise JaxdiffError(
+        f"By step {step} training has diverged ({', '.join(f'{name} {value}' for name, value in values.items())}): "
+        "lower optimizer.learning_rate or look at the data; "
+        f"{f'the checkpoint of step {kept} is kept' if kept else 'nothing was saved yet'}."
+    )
 
 
 def make_evaluation(diffuser: Diffuser, dataset: ImageDataset, most: int, batch_size: int = 256) -> Callable:

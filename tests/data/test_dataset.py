@@ -48,10 +48,11 @@ def test_in_memory_leaves_a_larger_data_set_on_disk():
     assert in_memory(dataset, max_bytes=60) is not dataset
 
 
-def test_in_memory_says_so_in_one_line(caplog):
+def test_in_memory_says_so_in_one_line_where_it_takes_a_while(caplog):
     with caplog.at_level(logging.INFO, "jaxdiff"):
         in_memory(grey_levels(10))
-    assert caplog.messages == ["decoding 10 images into 0.0 MB of memory"]
+        in_memory(grey_levels(20_000))
+    assert caplog.messages == ["decoding 20000 images into 0.1 MB of memory"]
 
 
 @pytest.mark.parametrize("bad", [0, 5, 9])
