@@ -7,8 +7,8 @@ config = Config(
     # 2x2 pixels enter as one: wide layers on 4x4 maps keep two cores busier than narrow ones on 8x8
     model=UNet(channels=(128,), patch_size=2, layers_per_block=1, attention_levels=(), scale_shift=True),
     diffusion=Diffusion(schedule="cosine", prediction="v"),
-    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50, decay="cosine", ema_decay=0.99),
-    train=Train(steps=400, batch_size=128),
-    run=Run(log_every=25, checkpoint_every=200, sample_every=200),
-    sampling=Sampling(solver="ddim", num_steps=50, guidance_scale=1.5),
+    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=100, decay="cosine", ema_decay=0.995),
+    train=Train(steps=600, batch_size=64),
+    run=Run(log_every=50, checkpoint_every=300, sample_every=300),
+    sampling=Sampling(solver="ddim", num_steps=50, guidance_scale=2.0),
 )

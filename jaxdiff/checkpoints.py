@@ -1,6 +1,7 @@
 """A run on disk: its config, and Orbax checkpoints of its state."""
 
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxdiff.config import Config, differences, from_dict, to_dict
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.pipelines import Diffuser, init_params, make_diffuser
+from jaxdiff.pipelines import Diffuser, check_sampling, init_params, make_diffuser
 
 MAY_DIFFER = ("run", "sampling", "train.steps")
 """What a resumed run may be given anew: nothing that the steps already taken depended on."""
@@ -23,9 +24,11 @@ MAY_DIFFER = ("run", "sampling", "train.steps")
 def open_run(config: Config, image_shape: Sequence[int], class_names: Sequence[str], workdir: str | Path) -> Diffuser:
     """Save the config of a new run in its workdir, or check it against the one that is there.
 
-    Raises JaxdiffError where the workdir holds a run of another config, or something that is no run's config.
+    Raises JaxdiffError where the config asks for what can not be built or sampled, and where the workdir holds a run
+    of another config, or something that is no run's config; nothing is written then.
     """
     diffuser = make_diffuser(config, image_shape, class_names)
+    check_sampling(diffuser, config.sampling)
     path = Path(workdir) / "config.json"
     if path.exists():
         there = read_run(workdir)
@@ -66,12 +69,17 @@ def open_checkpoints(workdir: str | Path, keep: int = 1, writing: bool = True) -
             checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
         ]
     )
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=writing, cleanup_tmp_directories=writing)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=_loss,  # the policy decides, but without this the metrics are not written, and lost with the process
+        create=writing,
+        cleanup_tmp_directories=writing,
+    )
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
+    return metrics.get("loss", math.inf)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, ema_params: Any, loss: float | None) -> None:
@@ -87,7 +95,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, ema_params: 
             ema_params=ocp.args.StandardSave(ema_params),
             checksums=ocp.args.JsonSave({"state": checksum(state), "ema_params": checksum(ema_params)}),
         ),
-        metrics=None if loss is None else {"loss": loss},
+        metrics={} if loss is None else {"loss": loss},
     )
 
 
@@ -105,11 +113,12 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: dict[str, Any])
         restored = checkpoints.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore(), **args))
         sums = {name: checksum(restored[name]) for name in like}
         intact = all(restored["checksums"][name] == sums[name] for name in like)
+        alike = _shapes(template) == _shapes({name: restored[name] for name in like})
     except Exception as error:  # whatever reading a damaged file raises, in Orbax or below
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise JaxdiffError(_damaged(where, reason, checkpoints)) from error
-    if not intact:
-        raise JaxdiffError(_damaged(where, "its checksum differs", checkpoints))
+    if not intact or not alike:
+        raise JaxdiffError(_damaged(where, f"its {'checksum' if alike else 'shape'} differs", checkpoints))
     return {name: restored[name] for name in like}
 
 
@@ -127,6 +136,11 @@ def _damaged(where: Path, reason: str, checkpoints: ocp.CheckpointManager) -> st
     others = sorted(step for step in checkpoints.all_steps() if str(step) != where.name)
     rest = f"there are also {', '.join(map(str, others))}" if others else "there is no other"
     return f"The checkpoint {where} is damaged ({reason}): delete that folder to go on from another; {rest}."
+
+
+def _shapes(tree: Any) -> list[tuple]:
+    """Shape and type of every array of a tree."""
+    return [(np.shape(x), np.asarray(x).dtype) for x in jax.tree.leaves(tree)]
 
 
 def checksum(tree: Any) -> int:
@@ -148,7 +162,7 @@ def choose_step(checkpoints: ocp.CheckpointManager, which: str | int, workdir: s
     if which == "best":
         losses = {step: checkpoints.metrics(step) for step in steps}
         return min((step for step in steps if losses[step]), key=lambda step: _loss(losses[step]), default=steps[-1])
-    if str(which).isdigit() and int(which) in steps:
+    if str(which).isdecimal() and int(which) in steps:
         return int(which)
     raise JaxdiffError(f"There is no checkpoint {which} in {workdir}; there are latest, best and {steps}.")
 

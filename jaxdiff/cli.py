@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +57,8 @@ def parse_train_options(args: list[str], description: str) -> TrainOptions:
     """The options of train.py; those of the recipe are named as in the recipe, as in `--train.steps`."""
     path = _peek(args, "--config", TrainOptions.config)
     defaults = TrainOptions(path, f"runs/{Path(path).stem}", load_recipe(path))
-    return validate(override(defaults, args, "train.py", description))
+    options = override(defaults, args, "train.py", description)
+    return replace(options, recipe=validate(options.recipe))
 
 
 def parse_sample_options(args: list[str], description: str) -> SampleOptions:
@@ -85,7 +86,7 @@ def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.n
     for label in wanted:
         if label in names:
             numbers.append(names.index(label))
-        elif label.isdigit() and int(label) < len(names):
+        elif label.isdecimal() and int(label) < len(names):
             numbers.append(int(label))
         else:
             raise JaxdiffError(

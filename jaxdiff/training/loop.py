@@ -19,7 +19,7 @@ from jaxdiff.config import Config, Train
 from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import make_grid_image, save_image
-from jaxdiff.pipelines import Diffuser, check_sampling, generate, make_sampler, over_local_devices
+from jaxdiff.pipelines import Diffuser, generate, make_sampler, over_local_devices
 from jaxdiff.training.reporting import Reporter
 from jaxdiff.training.state import METRICS, TrainState, init_state, learning_rate_schedule, zero_sums
 from jaxdiff.training.step import make_eval_loss, make_train_step
@@ -37,7 +37,6 @@ def fit(config: Config, workdir: str | Path) -> int:
     split_batch(config.train)  # said before data are read, if it does not divide
     dataset, eval_dataset = open_datasets(config)
     diffuser = ckpt.open_run(config, dataset.image_shape, dataset.class_names, workdir)
-    check_sampling(diffuser, config.sampling)
     with ckpt.open_checkpoints(workdir, config.run.keep) as checkpoints:
         state = init_state(diffuser)
         start = checkpoints.latest_step() or 0
@@ -108,7 +107,7 @@ def run_steps(
                     check_finite({"eval_loss": score}, step, checkpoints)
                     report.metrics(step, {"eval_loss": score})
                     report.say(f"step {step}  eval loss {score:.4f}")
-                check_finite({"norm of the parameters": float(optax.global_norm(host.params))}, step, checkpoints)
+                check_finite({"norm of the parameters": float(optax.tree.norm(host.params))}, step, checkpoints)
                 ckpt.save(checkpoints, step, host.replace(ema_params=None), host.ema_params, score)
             if drawing and jax.process_index() == 0 and not stopping:
                 draw_samples(diffuser, jax_utils.unreplicate(state.ema_params), workdir, step, draw, report)

@@ -106,7 +106,7 @@ def make_train_step(
         # the average begins short, as a mean over the first steps would, and reaches its full length later
         decay = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
         ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "count": 1.0}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "count": 1.0}
         sums = {name: state.sums[name] + value for name, value in metrics.items()}
         return TrainState(state.step + 1, params, ema_params, opt_state, sums)
 
