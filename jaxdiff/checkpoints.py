@@ -61,7 +61,16 @@ def read_run(workdir: str | Path) -> Diffuser:
 
 
 def open_checkpoints(workdir: str | Path, keep: int = 1, writing: bool = True) -> ocp.CheckpointManager:
-    """The checkpoints of a run, of which the newest `keep` and the one of least loss stay; closing waits for saves."""
+    """The checkpoints of a run, of which the newest `keep` and the one of least loss stay; closing waits for saves.
+
+    Raises JaxdiffError where the loss of one does not read.
+    """
+    directory = Path(workdir).absolute() / "checkpoints"
+    for path in directory.glob("*/metrics/metrics"):  # Orbax reads them all at once, whichever is asked for
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise JaxdiffError(_damaged(path.parents[1], f"its loss does not read: {error}")) from error
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
             checkpoint_managers.LatestN(keep),
@@ -75,7 +84,7 @@ def open_checkpoints(workdir: str | Path, keep: int = 1, writing: bool = True) -
         create=writing,
         cleanup_tmp_directories=writing,
     )
-    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    return ocp.CheckpointManager(directory, options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -116,9 +125,9 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: dict[str, Any])
         alike = _shapes(template) == _shapes({name: restored[name] for name in like})
     except Exception as error:  # whatever reading a damaged file raises, in Orbax or below
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise JaxdiffError(_damaged(where, reason, checkpoints)) from error
+        raise JaxdiffError(_damaged(where, reason)) from error
     if not intact or not alike:
-        raise JaxdiffError(_damaged(where, f"its {'checksum' if alike else 'shape'} differs", checkpoints))
+        raise JaxdiffError(_damaged(where, f"its {'checksum' if alike else 'shape'} differs"))
     return {name: restored[name] for name in like}
 
 
@@ -132,8 +141,8 @@ def _read_through(part: Path) -> None:
         database.read(key).result()
 
 
-def _damaged(where: Path, reason: str, checkpoints: ocp.CheckpointManager) -> str:
-    others = sorted(step for step in checkpoints.all_steps() if str(step) != where.name)
+def _damaged(where: Path, reason: str) -> str:
+    others = sorted(int(path.name) for path in where.parent.iterdir() if path.name.isdecimal() and path != where)
     rest = f"there are also {', '.join(map(str, others))}" if others else "there is no other"
     return f"The checkpoint {where} is damaged ({reason}): delete that folder to go on from another; {rest}."
 
