@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from jaxdiff.data.images import to_array
+from jaxdiff.data.decoding import to_array
 from jaxdiff.errors import JaxdiffError
 
 logger = logging.getLogger("jaxdiff")

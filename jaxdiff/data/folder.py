@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff.data.dataset import ImageDataset, from_pictures
-from jaxdiff.data.images import channels_of, open_image, size_of
+from jaxdiff.data.decoding import channels_of, open_image, size_of
 from jaxdiff.errors import JaxdiffError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")

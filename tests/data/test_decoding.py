@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.images import channels_of, open_image, size_of, to_array
+from jaxdiff.data.decoding import channels_of, open_image, size_of, to_array
 from jaxdiff.errors import JaxdiffError
 
 RNG = np.random.default_rng(0)
