@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.errors import JaxdiffError
+
 
 class Condition(NamedTuple):
     """What a network is conditioned on beside time; None where it is not.
@@ -62,8 +64,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
-        """Normalise; the number of channels must divide by the number of groups."""
+        """Normalise; JaxdiffError where the number of channels does not divide by the number of groups."""
         channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise JaxdiffError(f"channels must divide by num_groups {self.num_groups}, and {channels} does not.")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         space = tuple(range(1, x.ndim - 1))

@@ -265,9 +265,6 @@ class UNet(nn.Module):
             )
         attending = [c for i, c in enumerate(self.channels) if i in self.attention_levels]
         attending += [self.channels[-1]] if self.mid_attention else []
-        for channels in self.channels:
-            if channels % self.num_groups:
-                raise JaxdiffError(f"channels must divide by num_groups {self.num_groups}, and {channels} does not.")
         for channels in attending:
             if channels % resolve_heads(channels, self.num_heads, self.dim_head):
                 raise JaxdiffError(f"{channels} channels do not divide into heads as num_heads or dim_head ask.")

@@ -157,6 +157,11 @@ def test_a_fresh_unet_answers_zero():
     np.testing.assert_array_equal(jax.jit(model.apply)(params, x, jnp.ones(1)), 0)
 
 
+def test_simple_unet_s_widths_divide_into_groups():
+    with pytest.raises(JaxdiffError, match="num_groups 8, and 12 does not"):
+        jax.eval_shape(SimpleUNet(channels=(12,)).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("options", "cond", "said"),
     [
