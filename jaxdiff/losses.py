@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.preconditioning import Network, precondition
-from jaxdiff.schedules import Process, expand, node_at
+from jaxdiff.schedules import Process, expand, node_at, snr
 
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 WEIGHTINGS = ("plain", "snr", "min_snr", "edm")
@@ -58,15 +58,14 @@ def loss_weight(
     "snr": alpha^2 / sigma^2 (the error of eps). "min_snr": that, at most `min_snr_gamma` (Hang et al. 2023,
     equation 8). "edm": 1 / sigma^2 + 1 / sigma_data^2 at the noise level sigma / alpha (Karras et al. 2022, table 1).
     """
-    snr = (alpha / sigma) ** 2
     if weighting == "plain":
         return jnp.ones_like(c_out)
     if weighting == "snr":
-        return snr * c_out**2
+        return snr(alpha, sigma) * c_out**2
     if weighting == "min_snr":
-        return jnp.minimum(snr, min_snr_gamma) * c_out**2
+        return jnp.minimum(snr(alpha, sigma), min_snr_gamma) * c_out**2
     if weighting == "edm":
-        return (snr + sigma_data**-2) * c_out**2
+        return (snr(alpha, sigma) + sigma_data**-2) * c_out**2
     raise JaxdiffError(f"There is no weighting {weighting!r}; there are {', '.join(WEIGHTINGS)}.")
 
 

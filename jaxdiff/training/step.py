@@ -91,10 +91,10 @@ def make_train_step(
         def add_part(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(state.params, part)), None
 
-        in_parts = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, index))
         if parts == 1:
             loss, grads = jax.value_and_grad(loss_of)(state.params, (batch, index))
         else:
+            in_parts = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, index))
             zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
             (loss, grads), _ = jax.lax.scan(add_part, zero, in_parts)
             loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
