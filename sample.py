@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff.checkpoints import load_run
-from jaxdiff.cli import choose_labels, parse_sample_options, told_in_a_sentence
+from jaxdiff.cli import describe_samplers, make_request, parse_sample_options, told_in_a_sentence
 from jaxdiff.images import save_animation, save_arrays, save_image
-from jaxdiff.pipelines import generate
+from jaxdiff.pipelines import check_sampling, generate
 
 FRAMES = 60  # of an animation, at most
 
@@ -23,18 +23,22 @@ FRAMES = 60  # of an animation, at most
 def main(args: list[str]) -> int:
     """Sample, and return the exit status."""
     options = parse_sample_options(args, description=__doc__)
+    if options.list:
+        print(describe_samplers())
+        return 0
     diffuser, params, step = load_run(options.workdir, options.checkpoint)
-    labels = choose_labels(diffuser, options.labels, options.num)
+    request = make_request(diffuser, options)
     columns = options.columns or len(options.labels) or len(diffuser.class_names) or None
 
     began = time.perf_counter()
     images, frames = [], []
-    with tqdm(total=len(labels), unit="image", disable=None) as progress:
+    with tqdm(total=options.num, unit="image", disable=None) as progress:
         for part in generate(
             diffuser,
             params,
-            labels,
+            request,
             options.sampling,
+            strength=options.strength,
             seed=options.seed,
             batch_size=options.batch_size,
             frames=FRAMES if options.animation else 0,
@@ -46,7 +50,7 @@ def main(args: list[str]) -> int:
     seconds = time.perf_counter() - began
 
     if options.out.endswith(".npz"):
-        save_arrays(options.out, images=images, labels=labels)
+        save_arrays(options.out, images=images, labels=request.labels)
     else:
         save_image(images, options.out, columns)
     if options.animation:
@@ -57,6 +61,7 @@ def main(args: list[str]) -> int:
         "step": step,
         "seed": options.seed,
         **vars(options.sampling),
+        "evaluations": len(check_sampling(diffuser, options.sampling, options.strength).t),
         "seconds": round(seconds, 2),
         "images_per_second": round(len(images) / seconds, 1),
     }

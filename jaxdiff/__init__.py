@@ -1,11 +1,29 @@
 """jaxdiff: diffusion models in JAX and Flax, three tables around a network."""
 
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.guidance import classifier_free_guidance, clip_x0, condition, dynamic_threshold
+from jaxdiff.guidance import (
+    autoguidance,
+    classifier_free_guidance,
+    clip_x0,
+    condition,
+    dynamic_threshold,
+    guidance_interval,
+    inpaint,
+)
 from jaxdiff.losses import diffusion_loss, loss_weight, stratify, time_from_uniform
 from jaxdiff.models import Condition, CrossAttention, SimpleUNet, UNet, sinusoidal_embedding
 from jaxdiff.preconditioning import make_denoiser, precondition
-from jaxdiff.sampling import Trajectory, example_keys, initial_noise, row_noise, sample, sample_ddim, sample_ddpm
+from jaxdiff.sampling import (
+    Trajectory,
+    example_keys,
+    initial_noise,
+    noised,
+    row_noise,
+    sample,
+    sample_ddim,
+    sample_ddpm,
+    slerp,
+)
 from jaxdiff.schedules import (
     DiffusionSchedule,
     Node,
@@ -28,19 +46,40 @@ from jaxdiff.schedules import (
     snr,
     vp_process,
 )
-from jaxdiff.solvers import SolverTable, ddim, ddpm, make_grid, make_table
+from jaxdiff.solvers import (
+    GRIDS,
+    SOLVERS,
+    Grid,
+    SolverTable,
+    Tape,
+    ddim,
+    ddpm,
+    grid_at,
+    invert,
+    make_grid,
+    make_table,
+    pad_table,
+    scale_noise,
+    stack_tables,
+    tail,
+)
 
 __all__ = [
+    "GRIDS",
+    "SOLVERS",
     "Condition",
     "CrossAttention",
     "DiffusionSchedule",
+    "Grid",
     "JaxdiffError",
     "Node",
     "Process",
     "SimpleUNet",
     "SolverTable",
+    "Tape",
     "Trajectory",
     "UNet",
+    "autoguidance",
     "classifier_free_guidance",
     "clip_x0",
     "condition",
@@ -53,7 +92,11 @@ __all__ = [
     "edm_process",
     "example_keys",
     "flow_process",
+    "grid_at",
+    "guidance_interval",
     "initial_noise",
+    "inpaint",
+    "invert",
     "linear_beta_schedule",
     "logsnr",
     "loss_weight",
@@ -63,6 +106,8 @@ __all__ = [
     "make_table",
     "node_at",
     "noise_from_score",
+    "noised",
+    "pad_table",
     "posterior_mean_variance",
     "precondition",
     "q_sample",
@@ -71,12 +116,16 @@ __all__ = [
     "sample",
     "sample_ddim",
     "sample_ddpm",
+    "scale_noise",
     "scaled_linear_beta_schedule",
     "score_from_noise",
     "sigmoid_beta_schedule",
     "sinusoidal_embedding",
+    "slerp",
     "snr",
+    "stack_tables",
     "stratify",
+    "tail",
     "time_from_uniform",
     "vp_process",
 ]

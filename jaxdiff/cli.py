@@ -11,11 +11,15 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from annotated_types import Interval
 
 from jaxdiff.checkpoints import read_run
 from jaxdiff.config import Config, Count, Positive, Sampling, load_recipe, override, validate
+from jaxdiff.data.decoding import open_image, to_array
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.pipelines import Diffuser
+from jaxdiff.images import to_float
+from jaxdiff.pipelines import Diffuser, Request
+from jaxdiff.solvers import SOLVERS, describe_grids
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,19 @@ class SampleOptions:
     """Of the picture; 0 makes one a label, or a square."""
     animation: str | None = None
     """Also write the predicted images from noise to data as a .gif or .webp."""
+    negative: tuple[str, ...] = ()
+    """Classes that guidance leads away from, repeated in turn as the labels are; left empty, from no class."""
+    image: str | None = None
+    """A picture to start from, brought to the model's size and colours."""
+    strength: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """The share of the steps that are taken from the picture on: little changes it little."""
+    mask: str | None = None
+    """A picture whose white parts are kept of --image, and black ones drawn."""
     seed: Count = 0
     batch_size: Positive = 256
     """Images drawn at a time."""
+    list: bool = False
+    """Say what solvers and grids there are, and leave."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
@@ -64,7 +78,7 @@ def parse_train_options(args: list[str], description: str) -> TrainOptions:
 def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     """The options of sample.py; how to sample is what the run's config says unless told otherwise."""
     workdir = _peek(args, "--workdir", SampleOptions.workdir)
-    helping = "--help" in args or "-h" in args
+    helping = {"--help", "-h", "--list"} & set(args)
     sampling = Sampling() if helping else read_run(workdir).config.sampling
     options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
     if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):
@@ -72,6 +86,39 @@ def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     if options.animation and Path(options.animation).suffix not in (".gif", ".webp"):
         raise JaxdiffError(f"--animation must end in .gif or .webp, and {options.animation} does not.")
     return options
+
+
+def describe_samplers() -> str:
+    """The solvers and the grids, a line each."""
+    solvers = {name: solver.about for name, solver in SOLVERS.items()}
+    parts = []
+    for title, entries in (("Solvers (--solver)", solvers), ("Grids (--grid)", describe_grids())):
+        parts += [title, *(f"  {name:<20} {about}" for name, about in entries.items())]
+    return "\n".join(parts)
+
+
+def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture as the model takes it, float32 [H, W, C] in [-1, 1], its centred square where the model's is one.
+
+    Raises JaxdiffError where it can not be read, and where a model of other proportions needs another size.
+    """
+    height, width, channels = image_shape
+    pixels = to_array(open_image(path), height if height == width else None, channels)
+    if pixels.shape != image_shape:
+        raise JaxdiffError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, and this model draws {width}x{height}.")
+    return to_float(pixels)
+
+
+def make_request(diffuser: Diffuser, options: SampleOptions) -> Request:
+    """What the options of sample.py ask a model for. Raises JaxdiffError for classes and pictures that do not do."""
+    num, shape = options.num, diffuser.image_shape
+    for_each = lambda array: np.broadcast_to(array, (num, *array.shape))  # noqa: E731
+    return Request(
+        choose_labels(diffuser, options.labels, num),
+        negative=choose_labels(diffuser, options.negative, num) if options.negative else None,
+        image=for_each(read_image(options.image, shape)) if options.image else None,
+        mask=for_each(read_image(options.mask, (*shape[:2], 1)) > 0) if options.mask else None,
+    )
 
 
 def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.ndarray:

@@ -18,6 +18,15 @@ Rate = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 T = TypeVar("T")
 
+SolverName = Literal[
+    "ddpm", "ddpm_large", "ddim", "euler", "euler_ancestral", "heun", "edm", "dpm2", "dpm2_ancestral", "rk4",
+    "dpm_2m", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_2s", "dpmpp_2s", "dpmpp_3s",
+    "dpmpp_2s_ancestral", "dpmpp_sde", "unipc", "deis", "lms", "plms", "pndm", "ipndm", "lcm",
+]  # fmt: skip
+GridName = Literal[
+    "trailing", "leading", "linspace", "karras", "exponential", "logsnr", "beta", "ays_sd", "ays_sdxl", "ays_svd"
+]
+
 
 class _Strict:
     """Has pydantic refuse names that a section does not have."""
@@ -161,12 +170,27 @@ class Run(_Strict):
 class Sampling(_Strict):
     """How samples are drawn unless `sample.py` is told otherwise."""
 
-    solver: Literal["ddpm", "ddpm_large", "ddim"] = "ddim"
+    solver: SolverName = "ddim"
+    """`sample.py --list` says what each is."""
     num_steps: Positive = 50
-    grid: Literal["trailing", "leading", "linspace", "karras"] = "trailing"
-    eta: Probability = 0.0
+    """Steps of the solver; some evaluate the network more than once in each."""
+    grid: GridName = "trailing"
+    final: Literal["zero", "sigma_min"] = "zero"
+    """End on clean data, or at the least noise that was trained on."""
+    shift: Annotated[float, Gt(0)] = 1.0
+    """Of the flow process's times; above 1 spends more steps at high noise."""
+    eta: Probability | None = None
+    """Fresh noise, of the solvers that have this option (None: as each has it)."""
+    order: Annotated[int, Interval(ge=1, le=4)] | None = None
+    """Of the solvers that have several."""
+    s_churn: Rate | None = None
+    """Noise added again before a step, of euler, heun, edm and dpm2."""
     guidance_scale: Rate = 1.0
     """0 ignores the class, 1 follows it as the model learned it, more exaggerates it."""
+    guidance_rescale: Probability = 0.0
+    """How far the contrast of a guided image is brought back to that without guidance."""
+    guidance_interval: tuple[Rate, Rate] | None = None
+    """Guide at noise levels sigma / alpha above the first and up to the second number alone."""
     threshold: Literal["none", "clip", "dynamic"] = "clip"
     """What is done to a predicted x_0 outside [-1, 1]."""
 

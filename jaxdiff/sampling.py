@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdiff.guidance import clip_x0
 from jaxdiff.preconditioning import Denoiser, make_denoiser
-from jaxdiff.schedules import DiffusionSchedule, Node, discrete_process
+from jaxdiff.schedules import DiffusionSchedule, Node, discrete_process, expand
 from jaxdiff.solvers import SolverTable, ddim, ddpm, make_grid
 
 
@@ -39,6 +39,32 @@ def initial_noise(table: SolverTable, keys: jax.Array, shape: tuple[int, ...], d
     return std * _normal(keys, 0, shape, dtype)
 
 
+def noised(table: SolverTable, x_0: jax.Array, keys: jax.Array) -> jax.Array:
+    """Images [B, ...] with the noise of the table's first node: where image-to-image starts (Meng et al. 2022, SDEdit).
+
+    Give it a table on the `tail` of a grid.
+    """
+    alpha, sigma = (jnp.asarray(c[0], x_0.dtype) for c in (table.alpha, table.sigma))
+    return alpha * x_0 + sigma * _normal(keys, 0, x_0.shape[1:], x_0.dtype)
+
+
+def slerp(a: jax.Array, b: jax.Array, weight: jax.Array | float) -> jax.Array:
+    """Between two noises [B, ...], along the great circle and at its length (Song et al. 2021a, appendix D.5).
+
+    weight: 0 is a, 1 is b; a scalar or [B]. Between them noise stays as likely as noise is, which a mean would not.
+    """
+    axes = tuple(range(1, a.ndim))
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))  # noqa: E731
+    cosine = jnp.sum(a * b, axes, keepdims=True) / (norm(a) * norm(b))
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    weight = expand(jnp.asarray(weight, a.dtype), a.ndim)
+    parallel = jnp.sin(angle) < 1e-4  # there the arc is a line
+    arc = jnp.where(parallel, 1.0, jnp.sin(angle))
+    of_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * angle) / arc)
+    of_b = jnp.where(parallel, weight, jnp.sin(weight * angle) / arc)
+    return of_a * a + of_b * b
+
+
 def row_noise(keys: jax.Array, row: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """The z [B, *shape] that `sample` draws in row `row` under these keys [B]."""
     return _normal(keys, row + 1, shape, dtype)  # row 0 of the stream is the initial noise
@@ -64,11 +90,11 @@ def sample(
             lambda: row_noise(keys, i, x.shape[1:], x.dtype),
             lambda: jnp.zeros_like(x),
         )
-        column = lambda vector: vector.reshape(m, *[1] * x.ndim)  # noqa: E731
-        S = jnp.tensordot(M, S, 1) + column(v) * D + column(n) * z
+        # Written out, and not as a product of matrices: an accelerator would round its factors to bfloat16.
+        S = tuple(sum(M[j, k] * S[k] for k in range(m)) + v[j] * D + n[j] * z for j in range(m))
         return S, Trajectory(S[0], D) if trajectory else None
 
-    S = jnp.concatenate([x[None], jnp.zeros((m - 1, *x.shape), x.dtype)])
+    S = (x, *[jnp.zeros_like(x)] * (m - 1))
     S, passed = jax.lax.scan(step, S, (jnp.arange(rows), table))
     return (S[0], passed) if trajectory else S[0]
 

@@ -138,6 +138,7 @@ class Process(NamedTuple):
     c_noise: t -> what the network is told of the time.
     t_min, t_max: the ends of training; sampling starts at t_max and leaves for clean data from t_min or above.
     timesteps: number of rows of a discrete process, whose training times are integers; None if continuous.
+    straight: whether x itself goes on straight lines between data and noise (alpha + sigma = 1); else x / alpha does.
     """
 
     alpha_sigma: Callable
@@ -146,6 +147,7 @@ class Process(NamedTuple):
     t_min: float
     t_max: float
     timesteps: int | None = None
+    straight: bool = False
 
 
 class Node(NamedTuple):
@@ -252,7 +254,7 @@ def flow_process(t_min: float = 1e-3, t_max: float = 1 - 1e-3) -> Process:
         xp = logsnr.__array_namespace__()
         return 1 / (1 + xp.exp(0.5 * logsnr))
 
-    return Process(alpha_sigma, time_at, lambda t: 1000 * t, t_min, t_max)
+    return Process(alpha_sigma, time_at, lambda t: 1000 * t, t_min, t_max, straight=True)
 
 
 CONTINUOUS_PROCESSES: dict[str, Callable[[], Process]] = {

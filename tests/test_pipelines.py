@@ -8,7 +8,7 @@ import pytest
 
 from jaxdiff.config import Config, Diffusion, Sampling, SimpleUNet, UNet
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.pipelines import Diffuser, check_sampling, generate, init_params, make_diffuser, make_sampler
+from jaxdiff.pipelines import Diffuser, Request, check_sampling, generate, init_params, make_diffuser, make_sampler
 from jaxdiff.schedules import make_process
 
 SHAPE = (4, 4, 1)
@@ -31,7 +31,7 @@ def make(**diffusion):
 
 def draw(diffuser, sampling, labels=LABELS, **options):
     params = init_params(diffuser, jax.random.key(0))
-    parts = list(generate(diffuser, params, labels, sampling, **options))
+    parts = list(generate(diffuser, params, Request(labels), sampling, **options))
     return np.concatenate([part.images for part in parts]), parts
 
 
@@ -91,7 +91,7 @@ def test_the_frames_lead_to_the_images():
 
 def test_a_sampler_is_compiled_once_for_all_solvers_of_as_many_rows():
     diffuser = make()
-    sampler = make_sampler(diffuser, guided=True)
+    sampler = make_sampler(diffuser)
     for scale, grid in ((2.0, "trailing"), (3.0, "leading"), (0.5, "linspace")):
         draw(diffuser, Sampling(num_steps=5, guidance_scale=scale, grid=grid), draw=sampler, batch_size=8)
     assert sampler._cache_size() == 1

@@ -1,27 +1,28 @@
-"""DDIM (Song et al. 2021a, equation 12) between any nodes of any process."""
+"""DDIM (Song et al. 2021a, equation 12) between any nodes of any process; its kin Euler and ancestral Euler."""
 
 import numpy as np
 
-from jaxdiff.errors import JaxdiffError
-from jaxdiff.schedules import Node
-from jaxdiff.solvers.table import SolverTable, one_image_table, transition
+from jaxdiff.solvers.grids import Grid
+from jaxdiff.solvers.steps import check_eta, transition
+from jaxdiff.solvers.table import SolverTable, Tape
 
 
-def ddim(grid: Node, eta: float = 0.0) -> SolverTable:
-    """Step along the predicted x_0 and the noise that it implies, on N + 1 nodes from noise to data.
+def ddim(grid: Grid, eta: float = 0.0) -> SolverTable:
+    """Step along the predicted x_0 and the noise that it implies.
 
-    eta in [0, 1] scales the fresh noise (equation 16): 0 is deterministic (and is Euler's method for the flow
-    process), 1 is `ddpm` with the small variance. Raises JaxdiffError outside [0, 1].
+    eta in [0, 1] scales the fresh noise (equation 16). 0 is deterministic, and is Euler's method in the frame of EDM
+    as well as in that of a flow; 1 is `ddpm` with the small variance, and k-diffusion's ancestral Euler.
+    Raises JaxdiffError outside [0, 1], and for an eta on a grid from data to noise.
     """
-    if not 0 <= eta <= 1:
-        raise JaxdiffError(f"eta must lie in [0, 1], and {eta} does not.")
-    _, variance_ts = transition(grid)
-    sigma_t, sigma_s = grid.sigma[:-1], grid.sigma[1:]
-    fresh = eta * np.sqrt(variance_ts) * sigma_s / sigma_t
-    of_eps = np.sqrt(sigma_s**2 - fresh**2)
-    return one_image_table(  # eps = (x - alpha_t D) / sigma_t
-        grid,
-        of_x=of_eps / sigma_t,
-        of_x0=grid.alpha[1:] - of_eps * grid.alpha[:-1] / sigma_t,
-        of_noise=fresh,
-    )
+    check_eta(eta, grid)
+    fresh = np.zeros(grid.num_steps)
+    if eta:
+        fresh = eta * np.sqrt(transition(grid)[1]) * grid.sigma[1:] / grid.sigma[:-1]
+    tape = Tape()
+    x = tape.start
+    for i in range(grid.num_steps):
+        s, t = grid[i], grid[i + 1]
+        D = tape.denoise(x, s)
+        of_eps = np.sqrt(t.sigma**2 - fresh[i] ** 2) / s.sigma  # eps = (x - alpha_s D) / sigma_s
+        x = of_eps * x + (t.alpha - of_eps * s.alpha) * D + fresh[i] * tape.noise()
+    return tape.table(x)

@@ -19,7 +19,7 @@ from jaxdiff.config import Config, Train
 from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import make_grid_image, save_image
-from jaxdiff.pipelines import Diffuser, generate, make_sampler, over_local_devices
+from jaxdiff.pipelines import Diffuser, Request, generate, make_sampler, over_local_devices
 from jaxdiff.training.reporting import Reporter
 from jaxdiff.training.state import METRICS, TrainState, init_state, learning_rate_schedule, zero_sums
 from jaxdiff.training.step import make_eval_loss, make_train_step
@@ -79,7 +79,7 @@ def run_steps(
     train_step, seconds = compile_step(diffuser, state, split_over_devices(source[start], local_size))
     report.say(f"compiled in {seconds:.0f} s")
     evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
-    draw = make_sampler(diffuser, guided=config.sampling.guidance_scale != 1, threshold=config.sampling.threshold)
+    draw = make_sampler(diffuser, threshold=config.sampling.threshold)
     learning_rate = learning_rate_schedule(config.optimizer, config.train)
 
     report.restart_clock(start)
@@ -206,7 +206,7 @@ def draw_samples(diffuser: Diffuser, params: Any, workdir: Path, step: int, draw
     columns = 8
     labels = np.repeat(np.arange(min(len(diffuser.class_names), 10) or columns), columns)
     sampling = diffuser.config.sampling
-    images = np.concatenate([part.images for part in generate(diffuser, params, labels, sampling, draw=draw)])
+    images = np.concatenate([part.images for part in generate(diffuser, params, Request(labels), sampling, draw=draw)])
     path = workdir / "samples" / f"step_{step:07d}.png"
     save_image(images, path, columns)
     report.picture(step, np.asarray(make_grid_image(images, columns)))
