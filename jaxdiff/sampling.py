@@ -76,8 +76,8 @@ def sample(
     """Follow a table from x [B, ...] at its first node; keys: one per example, [B]. Returns x at its last [B, ...].
 
     With `trajectory`, also all that was passed through. Pure: put it under jit with the table as an argument, and one
-    compiled program serves every solver, grid, eta and guidance scale with as many rows and images. A table without
-    noise draws none.
+    compiled program serves every solver, grid, eta and guidance scale with as many rows and images. A row without
+    noise draws none, and has no gradient by it.
     """
     rows, m = table.v.shape
     table = jax.tree.map(lambda field: jnp.asarray(field, x.dtype), table)

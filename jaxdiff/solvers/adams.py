@@ -21,6 +21,7 @@ def lms(grid: Grid, order: int = 4) -> SolverTable:
     Raises JaxdiffError for another order, or one of more than the steps.
     """
     check_order(order, 4, grid)
+    grid.must_start_finite("level")
     return _adams(grid, order, lambda level: level, lambda u: np.ones_like(u), lower_order_final=False)
 
 
@@ -31,6 +32,7 @@ def deis(grid: Grid, order: int = 3, *, lower_order_final: bool = True) -> Solve
     Raises JaxdiffError for another order, or one of more than the steps.
     """
     check_order(order, 4, grid)
+    grid.must_start_finite("level")
     return _adams(grid, order, np.log, np.exp, lower_order_final)
 
 
@@ -42,6 +44,7 @@ def ipndm(grid: Grid) -> SolverTable:
 
 def plms(grid: Grid) -> SolverTable:
     """PNDM's multistep part alone, after one improved Euler step: N + 1 rows (Rombach et al. 2022, appendix)."""
+    grid.must_start_finite("level")
     tape = Tape()
     x, s, t = tape.start, grid[0], grid[1]
     first = tape.keep(slope(x, tape.denoise(x, s), s))
@@ -61,6 +64,7 @@ def pndm(grid: Grid) -> SolverTable:
     """
     if grid.num_steps < 4:
         raise JaxdiffError(f"pndm needs at least 4 steps, and the grid has {grid.num_steps}: plms needs but one.")
+    grid.must_start_finite("level")
     tape = Tape()
     x, slopes = tape.start, []
     for i in range(3):

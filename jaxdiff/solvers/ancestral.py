@@ -39,6 +39,7 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5) -> SolverTable:
     check_eta(eta, grid)
     if not 0 < r <= 1:
         raise JaxdiffError(f"r must lie in (0, 1], and {r} does not.")
+    grid.must_start_finite("noise")
     tape = Tape()
     x = tape.start
     for i in range(grid.num_steps):
@@ -57,6 +58,7 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5) -> SolverTable:
 def _ancestral(grid: Grid, eta: float, to_lower: Callable[[Image, Point, Image, Point, Image, float], Image]):
     """Two rows a step: a stage halfway in lambda to the lower level, and the step to it; the last one is Euler's."""
     check_eta(eta, grid)
+    grid.must_start_finite("noise")
     tape = Tape()
     x = tape.start
     for i in range(grid.num_steps):

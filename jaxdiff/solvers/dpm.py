@@ -70,7 +70,7 @@ def dpm_singlestep(
     x, first = tape.start, 0
     clean = int(grid.sigma[-1] == 0)
     while (left := grid.num_steps - first) > 0:
-        stages = min(order, max(left - clean, 1))
+        stages = 1 if math.isinf(grid[first].lam) else min(order, max(left - clean, 1))
         s, base, known = grid[first], x, []
         for i in range(first, first + stages):
             t = grid[i + 1]
@@ -138,6 +138,8 @@ def _predicted(tape: Tape, x: Image, s: Point, predict: str, keep: bool) -> tupl
 
 def _check(grid: Grid, eta: float, predict: str, rule: str) -> None:
     check_eta(eta, grid)
+    if predict == "eps":
+        grid.must_start_finite("noise")
     if predict not in ("x0", "eps"):
         raise JaxdiffError(f"What a DPM solver integrates is 'x0' or 'eps', not {predict!r}.")
     if rule not in RULES:

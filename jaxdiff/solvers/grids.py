@@ -82,6 +82,14 @@ class Grid:
         scale = alpha + sigma if self.process.straight else alpha
         return Point(float(t), float(alpha), float(sigma), float(scale))
 
+    def must_start_finite(self, measure: str) -> None:
+        """Raise JaxdiffError where the first node's `measure`, "level" or "noise", is infinite: at no signal."""
+        if math.isinf(getattr(self[0], measure)):
+            raise JaxdiffError(
+                "This solver needs some signal to start from, and a zero terminal SNR has none: choose ddim, ddpm, "
+                "dpmpp_2m or unipc, or times of your own."
+            )
+
     @property
     def ascending(self) -> bool:
         """Whether it leads from data to noise, as `invert` makes it."""

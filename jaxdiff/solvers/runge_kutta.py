@@ -71,6 +71,8 @@ def _stepped(
         raise JaxdiffError("s_churn, s_tmin and s_tmax must not be negative.")
     if s_churn:
         grid.must_descend("s_churn")
+    if s_churn or step is not _euler:
+        grid.must_start_finite("level")
     share = min(s_churn / grid.num_steps, math.sqrt(2) - 1)
     tape = Tape()
     x = tape.start

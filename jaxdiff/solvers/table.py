@@ -133,7 +133,7 @@ class Tape:
         return image
 
     def table(self, x: Image) -> SolverTable:
-        """The table of what was recorded, whose sample is x. Raises JaxdiffError where a coefficient is not finite."""
+        """The table of what was recorded, whose sample is x."""
         rows = len(self._nodes)
         made = [*self._evaluated[1:], x.terms]  # by each row, as slot 0
         last_use = [-1] * len(self._born)
@@ -160,11 +160,6 @@ class Tape:
                         n[row, slot] += coefficient
                     else:
                         M[row, slot, columns[atom]] += coefficient
-        if not all(np.isfinite(part).all() for part in (M, v, n)):
-            raise JaxdiffError(
-                "This solver needs finite noise levels: choose a schedule without zero terminal SNR, another grid, "
-                "or a solver such as ddim or ddpm."
-            )
         return SolverTable(*(np.array(field, np.float64) for field in zip(*self._nodes, strict=True)), M, v, n)
 
     def _expanded(self, terms: dict[int, float], row: int):

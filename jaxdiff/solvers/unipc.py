@@ -1,5 +1,7 @@
 """UniPC (Zhao et al. 2023): the multistep predictor of DPM-Solver++, and a corrector that costs no evaluation."""
 
+import math
+
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.solvers.dpm import Known, exponential_step
 from jaxdiff.solvers.grids import Grid
@@ -30,6 +32,8 @@ def unipc(
         raise JaxdiffError(f"The variant of unipc is one of {', '.join(_RULES)}, not {variant!r}.")
     if predict not in ("x0", "eps"):
         raise JaxdiffError(f"What unipc integrates is 'x0' or 'eps', not {predict!r}.")
+    if predict == "eps":
+        grid.must_start_finite("noise")
     rule = _RULES[variant]
     tape = Tape()
     x = base = tape.start
@@ -38,7 +42,7 @@ def unipc(
         s, t = grid[i], grid[i + 1]
         D = tape.denoise(x, s)
         now = Known(s.lam, D if predict == "x0" else tape.keep(noise_of(x, D, s)))
-        if corrector and known:
+        if corrector and known and not math.isinf(known[0].lam):
             x = exponential_step(base, [*known[:used], now], grid[i - 1], s, tape, 0.0, predict, rule)
         base = tape.keep(x) if corrector else x
         known = [now, *known[: order - 1]]

@@ -312,7 +312,7 @@ def target_row(prediction: str, node: Node, xp):
         c_in, t, skip, out = target_row(prediction.split()[1], node, xp)
         return c_in, t, c_skip + c_out * skip, c_out * out
     skip, out = {
-        "epsilon": (1 / alpha, -sigma / alpha),
+        "epsilon": (1 / xp.maximum(alpha, 1e-30), -sigma / xp.maximum(alpha, 1e-30)),
         "v_prediction": (alpha, -sigma),
         "sample": (0.0, 1.0),
         "flow_prediction": (1.0, -sigma),
