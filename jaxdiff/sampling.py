@@ -83,19 +83,20 @@ def sample(
     table = jax.tree.map(lambda field: jnp.asarray(field, x.dtype), table)
 
     def step(S, row):
-        i, (t, alpha, sigma, M, v, n) = row
+        i, noisy, (t, alpha, sigma, M, v, n) = row
         D = denoise(S[0], Node(t, alpha, sigma))
-        z = jax.lax.cond(
-            jnp.any(n != 0),
-            lambda: row_noise(keys, i, x.shape[1:], x.dtype),
-            lambda: jnp.zeros_like(x),
-        )
+
+        def with_noise(S):
+            z = row_noise(keys, i, x.shape[1:], x.dtype)
+            return tuple(image + n[j] * z for j, image in enumerate(S))
+
         # Written out, and not as a product of matrices: an accelerator would round its factors to bfloat16.
-        S = tuple(sum(M[j, k] * S[k] for k in range(m)) + v[j] * D + n[j] * z for j in range(m))
+        S = tuple(sum(M[j, k] * S[k] for k in range(m)) + v[j] * D for j in range(m))
+        S = jax.lax.cond(noisy, with_noise, lambda S: S, S)
         return S, Trajectory(S[0], D) if trajectory else None
 
     S = (x, *[jnp.zeros_like(x)] * (m - 1))
-    S, passed = jax.lax.scan(step, S, (jnp.arange(rows), table))
+    S, passed = jax.lax.scan(step, S, (jnp.arange(rows), jnp.any(table.n != 0, axis=1), table))
     return (S[0], passed) if trajectory else S[0]
 
 
