@@ -179,6 +179,8 @@ class Sampling(_Strict):
     """End on clean data, or at the least noise that was trained on."""
     shift: Annotated[float, Gt(0)] = 1.0
     """Of the flow process's times; above 1 spends more steps at high noise."""
+    frame: Literal["noise", "flow"] | None = None
+    """In which levels are measured and Runge-Kutta and Adams methods step; None is as usual for the process."""
     eta: Probability | None = None
     """Fresh noise, of the solvers that have this option (None: as each has it)."""
     order: Annotated[int, Interval(ge=1, le=4)] | None = None

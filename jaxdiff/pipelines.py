@@ -169,7 +169,8 @@ def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0
             f"guidance_scale {sampling.guidance_scale} needs a model that was trained with classes and class_dropout "
             "above 0, and this one was not: only guidance_scale 1 is possible."
         )
-    grid = make_grid(diffuser.process, sampling.num_steps, sampling.grid, final=sampling.final, shift=sampling.shift)
+    placing = {"final": sampling.final, "shift": sampling.shift, "frame": sampling.frame}
+    grid = make_grid(diffuser.process, sampling.num_steps, sampling.grid, **placing)
     options = {name: getattr(sampling, name) for name in ("eta", "order", "s_churn")}
     options = {name: value for name, value in options.items() if value is not None}
     return make_table(sampling.solver, grid if strength == 1 else tail(grid, strength), **options)

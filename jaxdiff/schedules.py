@@ -130,6 +130,14 @@ def posterior_mean_variance(
 # --- the process: discrete or continuous, one interface --------------------------------------------------------------
 
 
+FRAMES: dict[str, Callable] = {
+    "noise": lambda alpha, sigma: alpha,
+    "flow": lambda alpha, sigma: alpha + sigma,
+}
+"""What x is divided by, so that a path to a fixed x_0 is a straight line y = (alpha x_0 + sigma eps) / scale over its
+level sigma / scale: by "noise" (Karras et al. 2022) up to infinity, by "flow" from 0 to 1."""
+
+
 class Process(NamedTuple):
     """A Gaussian forward process. The four functions take NumPy arrays (float64) and JAX arrays alike.
 
@@ -138,7 +146,7 @@ class Process(NamedTuple):
     c_noise: t -> what the network is told of the time.
     t_min, t_max: the ends of training; sampling starts at t_max and leaves for clean data from t_min or above.
     timesteps: number of rows of a discrete process, whose training times are integers; None if continuous.
-    straight: whether x itself goes on straight lines between data and noise (alpha + sigma = 1); else x / alpha does.
+    frame: in which solvers measure noise levels and take straight steps, a name in `FRAMES`.
     """
 
     alpha_sigma: Callable
@@ -147,7 +155,7 @@ class Process(NamedTuple):
     t_min: float
     t_max: float
     timesteps: int | None = None
-    straight: bool = False
+    frame: str = "noise"
 
 
 class Node(NamedTuple):
@@ -254,7 +262,7 @@ def flow_process(t_min: float = 1e-3, t_max: float = 1 - 1e-3) -> Process:
         xp = logsnr.__array_namespace__()
         return 1 / (1 + xp.exp(0.5 * logsnr))
 
-    return Process(alpha_sigma, time_at, lambda t: 1000 * t, t_min, t_max, straight=True)
+    return Process(alpha_sigma, time_at, lambda t: 1000 * t, t_min, t_max, frame="flow")
 
 
 CONTINUOUS_PROCESSES: dict[str, Callable[[], Process]] = {

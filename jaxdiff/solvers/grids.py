@@ -11,14 +11,16 @@ import numpy as np
 from scipy import stats
 
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.schedules import Process, logsnr, node_at
+from jaxdiff.schedules import FRAMES, Process, logsnr, node_at
 
 
 class Point(NamedTuple):
     """One node of a grid, as Python floats, and what solvers measure there.
 
-    In the frame y = x / scale the probability-flow ODE of every process is dy / d level = (y - D) / level, and its
-    exact paths for a constant D are straight (Karras et al. 2022, section 3; for flows Liu et al. 2023).
+    In each of the `FRAMES`, y = x / scale, the probability-flow ODE is dy / d level = (y - D) / level, whatever the
+    process, and straight where D is constant (Karras et al. 2022, section 3; Liu et al. 2023). What a Runge-Kutta or
+    Adams method makes of it is not the same in both: "noise" is EDM's, and k-diffusion's for all; "flow" stays finite
+    at pure noise and is much better there where a process begins at high noise levels, such as the cosine schedule.
     """
 
     t: float
@@ -28,7 +30,7 @@ class Point(NamedTuple):
 
     @property
     def level(self) -> float:
-        """Of noise: sigma / alpha, and for a straight process sigma, its time; infinite where there is no signal."""
+        """Noise over scale, sigma / alpha or from 0 to 1; infinite in the frame "noise" where there is no signal."""
         return self.sigma / self.scale if self.scale else math.inf
 
     @property
@@ -76,10 +78,10 @@ class Grid:
 
     def at_level(self, level: float) -> Point:
         """The node of the process at a level, as `Point.level` measures it."""
-        return self.at(math.log((1 - level) / level) if self.process.straight else -math.log(level))
+        return self.at(math.log((1 - level) / level) if self.process.frame == "flow" else -math.log(level))
 
     def _point(self, t, alpha, sigma) -> Point:
-        scale = alpha + sigma if self.process.straight else alpha
+        scale = FRAMES[self.process.frame](alpha, sigma)
         return Point(float(t), float(alpha), float(sigma), float(scale))
 
     def must_start_finite(self, measure: str) -> None:
@@ -131,12 +133,12 @@ def karras(process: Process, num_steps: int, rho: float = 7.0) -> np.ndarray:
 
 
 def exponential(process: Process, num_steps: int) -> np.ndarray:
-    """Levels in equal ratios: uniform in log SNR, but for straight processes (Lu et al. 2022, section 4.1)."""
+    """Levels in equal ratios; in the frame "noise" this is uniform in log SNR (Lu et al. 2022a, section 4.1)."""
     return _times(process, np.geomspace(*_end_levels(process), num_steps))
 
 
 def uniform_logsnr(process: Process, num_steps: int) -> np.ndarray:
-    """Log SNR in equal steps: the exponential grid wherever the process is not straight."""
+    """Log SNR in equal steps, whatever the frame."""
     ends = node_at(process, np.array([process.t_max, process.t_min]))
     _end_levels(process)
     return process.time_at(np.linspace(*logsnr(ends.alpha, ends.sigma), num_steps))
@@ -176,12 +178,12 @@ def _end_levels(process: Process) -> np.ndarray:
     ends = node_at(process, np.array([process.t_max, process.t_min]))
     if ends.alpha[0] == 0:
         raise JaxdiffError("A grid over noise levels needs a finite one to start from: not a zero terminal SNR.")
-    return ends.sigma / (ends.alpha + ends.sigma if process.straight else ends.alpha)
+    return ends.sigma / FRAMES[process.frame](ends.alpha, ends.sigma)
 
 
 def _times(process: Process, levels: np.ndarray) -> np.ndarray:
     """The times of levels."""
-    return process.time_at(2 * np.log((1 - levels) / levels if process.straight else 1 / levels))
+    return process.time_at(2 * np.log((1 - levels) / levels if process.frame == "flow" else 1 / levels))
 
 
 GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = {
@@ -207,12 +209,19 @@ def describe_grids() -> dict[str, str]:
 
 
 def make_grid(
-    process: Process, num_steps: int, grid: str = "trailing", *, final: str = "zero", shift: float = 1.0
+    process: Process,
+    num_steps: int,
+    grid: str = "trailing",
+    *,
+    final: str = "zero",
+    shift: float = 1.0,
+    frame: str | None = None,
 ) -> Grid:
     """num_steps steps by the name of their spacing, from noise to data.
 
     final: "zero" ends on clean data (alpha 1, sigma 0), "sigma_min" at the process's t_min. shift: of a flow's times,
     t -> shift t / (1 + (shift - 1) t), which spends more steps at high noise (Esser et al. 2024, equation 23).
+    frame: one of the `FRAMES` instead of the process's own, for the grids over levels and for the solver.
     Raises JaxdiffError for an unknown name, unless 1 <= num_steps (<= T where the process is discrete), for a shift
     that is not positive, and for one of a process that is not a flow.
     """
@@ -220,6 +229,10 @@ def make_grid(
         raise JaxdiffError(f"There is no grid {grid!r}; there are {', '.join(GRIDS)}.")
     if final not in ("zero", "sigma_min"):
         raise JaxdiffError(f"The final noise level of a grid is 'zero' or 'sigma_min', not {final!r}.")
+    if frame is not None and frame not in FRAMES:
+        raise JaxdiffError(f"There is no frame {frame!r}; there are {', '.join(FRAMES)}.")
+    is_flow = process.frame == "flow"
+    process = process._replace(frame=frame or process.frame)
     most = process.timesteps or np.inf
     if not 1 <= num_steps <= most:
         limit = f"between 1 and the process's {most} timesteps" if process.timesteps else "at least 1"
@@ -233,7 +246,7 @@ def make_grid(
         else:
             times = np.append(times, process.t_min)
     if shift != 1:
-        if not process.straight or not shift > 0:
+        if not is_flow or not shift > 0:
             raise JaxdiffError(f"shift must be above 0, and moves the times of the flow process alone; it is {shift}.")
         times = shift * times / (1 + (shift - 1) * times)
     return grid_at(process, times, final=final)

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 def grid_over(process: Process, levels: np.ndarray) -> Grid:
     """A grid at levels, the last of which is where it ends."""
-    times = levels if process.straight else process.time_at(-2 * np.log(levels))
+    times = process.time_at(2 * np.log((1 - levels) / levels if process.frame == "flow" else 1 / levels))
     return grid_at(process, times, final="sigma_min")
 
 
@@ -104,10 +104,24 @@ def test_equal_weights_are_of_order_4_on_equal_steps_and_of_order_2_on_others(na
 
 
 @pytest.mark.parametrize("make", [heun, dpm2, rk4])
-@pytest.mark.parametrize("process", ["vp", "flow"])
-def test_runge_kutta_in_the_frame_of_each_process(process, make):
-    levels = lambda n: np.geomspace(0.95 if process == "flow" else 20, 0.05, n + 1)  # noqa: E731
-    assert abs(slope(make, make_process(process), levels, 96) - (4 if make is rk4 else 2)) < 0.3
+@pytest.mark.parametrize("frame", ["noise", "flow"])
+@pytest.mark.parametrize("process", ["vp", "flow", "edm"])
+def test_runge_kutta_in_either_frame_of_each_process(process, frame, make):
+    levels = lambda n: np.geomspace(0.95 if frame == "flow" else 20, 0.05, n + 1)  # noqa: E731
+    in_frame = make_process(process)._replace(frame=frame)
+    assert abs(slope(make, in_frame, levels, 96) - (4 if make is rk4 else 2)) < 0.3
+
+
+@pytest.mark.parametrize("name", ["heun", "rk4"])
+def test_the_frame_of_flows_is_the_better_one_from_high_noise_on(name):
+    """The cosine schedule begins at a noise level of 20,000, which slopes over noise levels are multiplied with."""
+    process = make_process("cosine")
+    grids = [make_grid(process, 20, "linspace", final="sigma_min", frame=frame) for frame in ("noise", "flow")]
+    start = RNG.standard_normal((16, 2))
+    right = exact(grids[1], start)
+    in_noise, in_flow = (np.abs(follow(make_table(name, g), MIXTURE.denoiser, start) - right).max() for g in grids)
+    assert in_flow < 0.2
+    assert in_flow < in_noise / 2
 
 
 STOCHASTIC = [

@@ -154,6 +154,8 @@ LINEAR = make_process("linear")
         (lambda: make_grid(make_process("cosine", zero_terminal_snr=True), 5, "karras"), "zero terminal SNR"),
         (lambda: make_grid(LINEAR, 5, final="last"), "'zero' or 'sigma_min'"),
         (lambda: make_grid(LINEAR, 5, shift=3.0), "flow process alone"),
+        (lambda: make_grid(LINEAR, 5, shift=3.0, frame="flow"), "flow process alone"),
+        (lambda: make_grid(LINEAR, 5, frame="edm"), "noise, flow"),
         (lambda: make_grid(make_process("flow"), 5, shift=-1.0), "above 0"),
         (lambda: grid_at(LINEAR, [10, 20]), "must fall from noise to data"),
         (lambda: grid_at(LINEAR, [1000.0]), "go from 0 to 999"),
