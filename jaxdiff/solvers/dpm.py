@@ -47,11 +47,10 @@ def dpm_multistep(
         now, D = _predicted(tape, x, s, predict, keep=order > 1)
         known = [now, *known[: order - 1]]
         left = grid.num_steps - i if lower_order_final else order
-        x = (
-            t.alpha * D
-            if t.sigma == 0
-            else exponential_step(x, known[: min(order, left)], s, t, tape, eta, predict, rule)
-        )
+        if t.sigma == 0:
+            x = t.alpha * D
+        else:
+            x = exponential_step(x, known[: min(order, left)], s, t, tape, eta, predict, rule)
     return tape.table(x)
 
 
@@ -76,9 +75,12 @@ def dpm_singlestep(
             t = grid[i + 1]
             now, D = _predicted(tape, x, grid[i], predict, keep=stages > 1)
             known = [*known, now]
-            through = [known[0], known[-1]] if len(known) == 3 and rule == "midpoint" else known
-            how = "heun" if len(known) == 3 else rule
-            x = t.alpha * D if t.sigma == 0 else exponential_step(base, through, s, t, tape, eta, predict, how)
+            if t.sigma == 0:
+                x = t.alpha * D
+            elif len(known) == 3 and rule == "midpoint":
+                x = exponential_step(base, [known[0], known[-1]], s, t, tape, eta, predict, "heun")
+            else:
+                x = exponential_step(base, known, s, t, tape, eta, predict, rule)
         first += stages
     return tape.table(x)
 

@@ -20,8 +20,8 @@ def heun(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = 
     """Heun's method, two rows a step but for the last to clean data (Karras et al. 2022, algorithms 1 and 2).
 
     Before a step whose noise level sigma / alpha is in [s_tmin, s_tmax], the level is raised by the share
-    min(s_churn / N, sqrt(2) - 1). Where that holds for the first step, the
-    table starts at the raised level: pure noise has any. A process that ends at a level is not taken beyond it.
+    min(s_churn / N, sqrt(2) - 1). Where that holds for the first step, the table starts at the raised level: pure
+    noise has any. A process that ends at a level is not taken beyond it.
     Raises JaxdiffError for negative values, and for churn on a grid from data to noise.
     """
     return _stepped(grid, _heun, s_churn, s_tmin, s_tmax)
