@@ -1,8 +1,20 @@
 """Networks in Flax linen: F(x, t, cond) and no more; nothing here knows of diffusion."""
 
 from jaxdiff.models.attention import CrossAttention
+from jaxdiff.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from jaxdiff.models.clip_text import CLIPTextModel, TextOutput
 from jaxdiff.models.layers import Condition, sinusoidal_embedding
 from jaxdiff.models.simple_unet import SimpleUNet
 from jaxdiff.models.unet import UNet
 
-__all__ = ["Condition", "CrossAttention", "SimpleUNet", "UNet", "sinusoidal_embedding"]
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "Condition",
+    "CrossAttention",
+    "DiagonalGaussian",
+    "SimpleUNet",
+    "TextOutput",
+    "UNet",
+    "sinusoidal_embedding",
+]

@@ -16,17 +16,18 @@ def attend(
     k: Float[Array, "B L D"],
     v: Float[Array, "B L D"],
     heads: int,
-    mask: Bool[Array, "B L"] | None = None,
+    mask: Bool[Array, "B L"] | Bool[Array, "B N L"] | None = None,
 ) -> Float[Array, "B N D"]:
     """Scaled dot-product attention over `heads` equal parts of D (Vaswani et al. 2017), softmax in float32.
 
-    mask: True where a key may be looked at; an example that masks every key looks at all of them evenly.
+    mask: True where a key may be looked at, by all queries or by each; one that may look at none looks at all evenly.
     Batch and heads are merged into one axis: on CPU half the time of jax.nn.dot_product_attention.
     """
     q, k, v = (rearrange(y, "b n (h d) -> (b h) n d", h=heads) for y in (q, k, v))
     logits = jnp.einsum("bnd,bld->bnl", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], logits, jnp.finfo(jnp.float32).min)
+        mask = mask[:, None, :] if mask.ndim == 2 else mask
+        logits = jnp.where(jnp.repeat(mask, heads, axis=0), logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return rearrange(jnp.einsum("bnl,bld->bnd", weights, v), "(b h) n d -> b n (h d)", h=heads)
 

@@ -96,3 +96,23 @@ def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Repeat each pixel 2x2: a broadcast, whose backward is a plain sum and 30 times cheaper than image.resize's."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def space_to_depth(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B H/p W/p p*p*C"]:
+    """Gather p x p pixels into one with p^2 times the channels."""
+    return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=patch_size, q=patch_size)
+
+
+def depth_to_space(x: Float[Array, "B H W p*p*C"], patch_size: int) -> Float[Array, "B p*H p*W C"]:
+    """Undo `space_to_depth`."""
+    return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=patch_size, q=patch_size)
+
+
+def check_sides(what: str, x: Float[Array, "B H W C"], levels: int, patch_size: int) -> None:
+    """JaxdiffError, in one sentence, where an image can not be halved as often as `what` wants to."""
+    (height, width), factor = x.shape[1:3], patch_size * 2 ** (levels - 1)
+    if height % factor or width % factor:
+        raise JaxdiffError(
+            f"{what} of {levels} levels with patch_size {patch_size} needs image sides that divide by {factor}, "
+            f"and these are {height}x{width}: give it fewer channels entries, or other images."
+        )

@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import JaxdiffError
@@ -19,8 +18,11 @@ from jaxdiff.models.layers import (
     Condition,
     GroupNorm,
     TimestepEmbedding,
+    check_sides,
     conv3x3,
+    depth_to_space,
     sinusoidal_embedding,
+    space_to_depth,
     upsample_nearest,
 )
 
@@ -29,26 +31,29 @@ class ResnetBlock(nn.Module):
     """Norm, SiLU, convolution, twice, the time between them, around a shortcut (Ho et al. 2020, appendix B)."""
 
     channels: int
-    scale_shift: bool
-    dropout: float
-    num_groups: int
-    eps: float
-    dtype: Any
+    scale_shift: bool = False
+    dropout: float = 0.0
+    num_groups: int = 32
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], time: Float[Array, "B D"], deterministic: bool
+        self, x: Float[Array, "B H W C"], time: Float[Array, "B D"] | None = None, deterministic: bool = True
     ) -> Float[Array, "B H W channels"]:
-        """Transform; `time` is already activated."""
+        """Transform; `time` is already activated, and None where the network knows no time."""
         norm = lambda name: GroupNorm(self.num_groups, self.eps, self.dtype, name=name)  # noqa: E731
         h = conv3x3(self.channels, name="conv1", dtype=self.dtype)(nn.silu(norm("norm1")(x)))
-        width = 2 * self.channels if self.scale_shift else self.channels
-        time = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(time)[:, None, None, :]
-        if self.scale_shift:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = norm("norm2")(h) * (1 + scale) + shift
+        if time is None:
+            h = norm("norm2")(h)
         else:
-            h = norm("norm2")(h + time)
+            width = 2 * self.channels if self.scale_shift else self.channels
+            time = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(time)[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(time, 2, axis=-1)
+                h = norm("norm2")(h) * (1 + scale) + shift
+            else:
+                h = norm("norm2")(h + time)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
         h = conv3x3(self.channels, name="conv2", dtype=self.dtype, zero_init=True)(h)
         if x.shape[-1] != self.channels:
@@ -90,7 +95,9 @@ class DownBlock(nn.Module):
     downsample: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, cond: Condition, deterministic: bool) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, x: Array, time: Array | None = None, cond: Condition | None = None, deterministic: bool = True
+    ) -> tuple[Array, list[Array]]:
         """Transform, and return with the result everything that the way up will want."""
         skips = []
         for i in range(self.layers):
@@ -112,7 +119,9 @@ class MidBlock(nn.Module):
     attention: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, cond: Condition, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, time: Array | None = None, cond: Condition | None = None, deterministic: bool = True
+    ) -> Array:
         """Transform."""
         x = self.resnet(self.channels, name="resnets_0")(x, time, deterministic)
         if self.attention is not None:
@@ -121,7 +130,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: residual blocks that each take a skip, attention where asked for, twice the size."""
+    """One level on the way up: residual blocks that may each take a skip, attention where asked for, twice the size."""
 
     channels: int
     layers: int
@@ -130,10 +139,18 @@ class UpBlock(nn.Module):
     upsample: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(self, x: Array, skips: list[Array], time: Array, cond: Condition, deterministic: bool) -> Array:
-        """Transform; the skips are taken from the end of the list."""
+    def __call__(
+        self,
+        x: Array,
+        skips: list[Array] | None = None,
+        time: Array | None = None,
+        cond: Condition | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Transform; the skips are taken from the end of the list, and None is without."""
         for i in range(self.layers):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            if skips is not None:
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.resnet(self.channels, name=f"resnets_{i}")(x, time, deterministic)
             if self.attention is not None:
                 x = self.attention(name=f"attentions_{i}")(x, cond)
@@ -218,9 +235,7 @@ class UNet(nn.Module):
             )
         time = nn.silu(time)
 
-        p = self.patch_size
-        x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
-        x = conv3x3(self.channels[0], name="conv_in", dtype=self.dtype)(x)
+        x = conv3x3(self.channels[0], name="conv_in", dtype=self.dtype)(space_to_depth(x, self.patch_size))
 
         last = len(self.channels) - 1
         skips = [x]
@@ -251,18 +266,13 @@ class UNet(nn.Module):
             x = block(x, skips, time, cond, not train)
 
         x = nn.silu(GroupNorm(self.num_groups, self.eps, self.dtype, name="conv_norm_out")(x))
-        x = conv3x3(p * p * self.out_channels, name="conv_out", dtype=self.dtype, zero_init=True)(x)
-        return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p).astype(jnp.float32)
+        x = conv3x3(self.patch_size**2 * self.out_channels, name="conv_out", dtype=self.dtype, zero_init=True)(x)
+        return depth_to_space(x, self.patch_size).astype(jnp.float32)
 
     def _check(self, x: Array, cond: Condition) -> None:
         """Say in one sentence what can not fit, before a shape error deep inside does."""
-        height, width = x.shape[1:3]
-        levels, factor = len(self.channels), self.patch_size * 2 ** (len(self.channels) - 1)
-        if height % factor or width % factor:
-            raise JaxdiffError(
-                f"A UNet of {levels} levels with patch_size {self.patch_size} needs image sides that divide by "
-                f"{factor}, and these are {height}x{width}: give it fewer channels entries, or other images."
-            )
+        levels = len(self.channels)
+        check_sides("A UNet", x, levels, self.patch_size)
         attending = [c for i, c in enumerate(self.channels) if i in self.attention_levels]
         attending += [self.channels[-1]] if self.mid_attention else []
         for channels in attending:
