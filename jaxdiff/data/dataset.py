@@ -20,13 +20,15 @@ class ImageDataset(NamedTuple):
     """Images of one shape, read by index; reading is pure and may be done from many threads."""
 
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
-    """Integer indices [B] to {"image": uint8 [B, H, W, C], "label": int32 [B]}."""
+    """Integer indices [B] to {"image": uint8 [B, H, W, C], "label": int32 [B]} and what the fields below promise."""
     size: int
     """How many examples there are: indices are 0 ... size - 1."""
     image_shape: tuple[int, int, int]
     """(H, W, C)."""
     class_names: tuple[str, ...]
     """The name of each label, or empty when there are no classes: then every label is 0."""
+    captions: bool = False
+    """Whether reading also gives "caption", an array [B] of str."""
 
 
 def open_dataset(
@@ -41,8 +43,9 @@ def open_dataset(
     """Open a data set by name.
 
     Args:
-        name: "digits" (8x8 grey, within scikit-learn), "folder" (your own images, in `data_dir`), or the name that a
-            data set of images has in tensorflow-datasets, such as "mnist", "cifar10" or "fashion_mnist:3.0.1".
+        name: "digits" (8x8 grey, within scikit-learn), "digit_pairs" (two of them on a canvas, with captions),
+            "folder" (your own images, in `data_dir`), or the name that a data set of images has in tensorflow-datasets,
+            such as "mnist", "cifar10" or "fashion_mnist:3.0.1".
         split: the part of it: "train", "test", or what else the data set has.
         data_dir: the folder of images, or the one that tensorflow-datasets prepared (default ~/tensorflow_datasets).
         image_size: the side of the square that every image is cropped and resampled to; None keeps the native size.
@@ -61,6 +64,12 @@ def open_dataset(
         from jaxdiff.data.digits import open_digits
 
         dataset = open_digits(split, image_size, channels)
+    elif name == "digit_pairs":
+        from jaxdiff.data.digit_pairs import open_digit_pairs
+
+        if image_size or channels:
+            raise JaxdiffError('the data set "digit_pairs" is 16x16 and grey: leave image_size and channels out')
+        return open_digit_pairs(split)  # made as it is asked for: there is nothing to keep in memory
     elif name == "folder":
         from jaxdiff.data.folder import open_folder
 
