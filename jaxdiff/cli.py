@@ -128,7 +128,7 @@ def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.n
     """
     names = list(diffuser.class_names)
     if wanted and not names:
-        raise JaxdiffError("This model was trained without classes: leave --labels out.")
+        raise JaxdiffError("This model was trained without classes: leave --labels and --negative out.")
     numbers = []
     for label in wanted:
         if label in names:

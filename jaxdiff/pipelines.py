@@ -208,13 +208,15 @@ def generate(
         raise JaxdiffError("Guidance leads away from negative labels: choose a guidance_scale other than 1.")
     if request.image is None and (request.mask is not None or strength != 1):
         raise JaxdiffError("A mask, and a strength below 1, are of an image, and there is none.")
-    if request.image is not None and request.image.shape[1:] != diffuser.image_shape:
-        raise JaxdiffError(f"This model draws images {diffuser.image_shape}, not {request.image.shape[1:]}.")
+    num, shape = len(request.labels), diffuser.image_shape
+    fitting = Request((num,), (num,), (num, *shape), (num, *shape[:2], 1))
+    for name, part, fits in zip(Request._fields, request, fitting, strict=True):
+        if part is not None and part.shape != fits:
+            raise JaxdiffError(f"For {num} images of this model a request's {name} is {fits}, not {part.shape}.")
     if draw is None:
         draw = make_sampler(diffuser, threshold=sampling.threshold, frames=frames)
     split, whole = over_local_devices()
     devices = jax.local_device_count()
-    num = len(request.labels)
     batch_size = -(-min(batch_size, num) // devices) * devices
     params = jax.device_put(params, whole)
     key = jax.random.key(seed)

@@ -56,12 +56,11 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array | float) -> jax.Array:
     axes = tuple(range(1, a.ndim))
     norm = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))  # noqa: E731
     cosine = jnp.sum(a * b, axes, keepdims=True) / (norm(a) * norm(b))
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    parallel = jnp.abs(cosine) > 1 - 1e-6  # there the arc is a line, and arccos has no slope
+    angle = jnp.arccos(jnp.where(parallel, 0.0, cosine))
     weight = expand(jnp.asarray(weight, a.dtype), a.ndim)
-    parallel = jnp.sin(angle) < 1e-4  # there the arc is a line
-    arc = jnp.where(parallel, 1.0, jnp.sin(angle))
-    of_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * angle) / arc)
-    of_b = jnp.where(parallel, weight, jnp.sin(weight * angle) / arc)
+    of_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * angle) / jnp.sin(angle))
+    of_b = jnp.where(parallel, weight, jnp.sin(weight * angle) / jnp.sin(angle))
     return of_a * a + of_b * b
 
 

@@ -166,8 +166,9 @@ class Node(NamedTuple):
     sigma: jax.Array | np.ndarray
 
 
-def node_at(process: Process, t: jax.Array | np.ndarray) -> Node:
+def node_at(process: Process, t: jax.Array | np.ndarray | float) -> Node:
     """The node of a process at times t."""
+    t = np.asarray(t, np.float64) if isinstance(t, int | float) else t
     return Node(t, *process.alpha_sigma(t))
 
 
@@ -193,7 +194,11 @@ def noise_from_score(score: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def discrete_process(schedule: DiffusionSchedule) -> Process:
-    """A DDPM schedule as a process over t in [0, T - 1]; between rows log alpha_bar is interpolated linearly."""
+    """A DDPM schedule as a process over t in [0, T - 1]; between rows log alpha_bar is interpolated linearly.
+
+    Its frame is "noise", as in other libraries, but for schedules that end beyond noise levels of 200, such as cosine
+    and those of zero terminal SNR: over sigma / alpha such levels are what errors of slopes are multiplied with.
+    """
     with np.errstate(divide="ignore"):
         log_alphas_cumprod = np.cumsum(np.log1p(-schedule.betas))
     last = len(log_alphas_cumprod) - 1
@@ -213,7 +218,9 @@ def discrete_process(schedule: DiffusionSchedule) -> Process:
         log_alpha_bar = -xp.logaddexp(xp.zeros_like(logsnr), -logsnr)
         return xp.interp(-log_alpha_bar, xp.asarray(-log_alphas_cumprod), xp.arange(last + 1.0))
 
-    return Process(alpha_sigma, time_at, lambda t: t, 0.0, float(last), timesteps=last + 1)
+    alpha, sigma = alpha_sigma(np.asarray(float(last)))
+    frame = "noise" if sigma < 200 * alpha else "flow"
+    return Process(alpha_sigma, time_at, lambda t: t, 0.0, float(last), timesteps=last + 1, frame=frame)
 
 
 def vp_process(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from PIL import Image
 
 import sample
 import train
-from jaxdiff.cli import choose_labels
+from jaxdiff.cli import SampleOptions, choose_labels, make_request, read_image
 from jaxdiff.config import Config
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.pipelines import Diffuser
+from jaxdiff.solvers import SOLVERS, describe_grids
+
+DIGITS = ROOT / "docs" / "digits.png"
 
 
 def sampled(workdir, out, capfd, *args):
@@ -30,6 +34,12 @@ def sampled(workdir, out, capfd, *args):
 def arrays(path):
     with np.load(path) as content:
         return content["images"], content["labels"]
+
+
+def picture(path, pixels):
+    """Write a picture; its path."""
+    Image.fromarray(np.uint8(pixels)).save(path)
+    return path
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -94,6 +104,55 @@ def test_a_picture_and_an_animation(tiny_run, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_what_a_solver_s_steps_cost_is_told(tiny_run, tmp_path, capfd):
+    told = sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 8, "--solver", "heun", "--grid", "karras")
+    assert (told["solver"], told["grid"], told["num_steps"], told["evaluations"]) == ("heun", "karras", 4, 7)
+    args = ("--solver", "deis", "--order", 2, "--frame", "flow", "--final", "sigma_min", "--guidance-interval", 0.1, 9)
+    told = sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 8, *args, "--guidance-rescale", 0.7)
+    assert (told["order"], told["frame"], told["final"], told["evaluations"]) == (2, "flow", "sigma_min", 4)
+    assert (told["guidance_interval"], told["guidance_rescale"], told["eta"]) == ([0.1, 9.0], 0.7, None)
+
+
+@pytest.mark.slow
+def test_from_a_picture_of_another_size_and_in_colour(tiny_run, tmp_path, capfd):
+    def drawn(grey, *args):
+        path = picture(tmp_path / f"{grey}.png", np.full((24, 16, 3), grey))
+        told = sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 8, "--image", path, *args)
+        return arrays(tmp_path / "a.npz")[0].astype(int), told["evaluations"]
+
+    (dark, evaluations), (light, _) = (drawn(grey, "--strength", 0.5) for grey in (20, 230))
+    assert evaluations == 2  # of the run's 4 steps
+    assert (light - dark).mean() > 30
+    assert np.abs(drawn(20)[0] - drawn(230)[0]).max() <= 1  # all of the strength leaves nothing of it
+
+
+@pytest.mark.slow
+def test_the_white_parts_of_a_mask_are_kept(tiny_run, tmp_path, capfd):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8))
+    white = np.arange(8) < 3
+    args = ("--image", picture(tmp_path / "image.png", pixels))
+    args += ("--mask", picture(tmp_path / "mask.png", np.tile(255 * white, (8, 1))))
+    sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 12, "--batch-size", 8, *args)
+    images = arrays(tmp_path / "a.npz")[0][..., 0]
+    assert (images[:, :, white] == pixels[:, white]).all()
+    assert np.mean(images[:, :, ~white] == pixels[:, ~white]) < 0.5
+    assert len(np.unique(images.reshape(12, -1), axis=0)) == 12
+
+
+@pytest.mark.slow
+def test_away_from_classes(tiny_run, tmp_path, capfd):
+    def drawn(*args):
+        sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 8, "--guidance-scale", 4, *args)
+        return arrays(tmp_path / "a.npz")[0].astype(int)
+
+    base, away = drawn(), drawn("--negative", "3", "7")
+    assert np.abs(away - base).max() > 1
+    by_name = drawn("--negative", "7", "3")
+    assert np.abs(by_name - away).max() > 1
+    np.testing.assert_array_equal(drawn("--negative", "3", "7", "3", "7"), away)
+
+
+@pytest.mark.slow
 def test_checkpoints_by_name_and_step(tiny_run, tmp_path, capfd, one_sentence):
     assert sampled(tiny_run, tmp_path / "a.npz", capfd, "--num", 8, "--checkpoint", 48)["step"] == 48
     losses = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
@@ -117,6 +176,37 @@ def test_labels_by_number_and_by_name():
     assert choose_labels(unconditional, (), 3).tolist() == [0, 0, 0]
     with pytest.raises(JaxdiffError, match="without classes"):
         choose_labels(unconditional, ("0",), 3)
+
+
+def test_a_request_has_what_was_asked_for_and_no_more(tmp_path):
+    diffuser = Diffuser(Config(), None, None, (4, 4, 3), ("cat", "dog"))
+    assert make_request(diffuser, SampleOptions(num=3))[1:] == (None, None, None)
+    image = picture(tmp_path / "image.png", np.full((9, 6), 51))
+    mask = picture(tmp_path / "mask.png", np.repeat([[0, 255]], [4, 4], axis=1).repeat(8, axis=0))
+    options = SampleOptions(num=3, labels=("dog",), negative=("0", "dog"), image=str(image), mask=str(mask))
+    request = make_request(diffuser, options)
+    assert (request.labels.tolist(), request.negative.tolist()) == ([1, 1, 1], [0, 1, 0])
+    assert request.image.shape == (3, 4, 4, 3)
+    np.testing.assert_allclose(request.image, 51 / 127.5 - 1, atol=1e-6)
+    assert request.mask.shape == (3, 4, 4, 1)
+    assert request.mask[:, :, 2:].all()
+    assert not request.mask[:, :, :2].any()
+
+
+def test_a_picture_for_a_model_that_is_not_square(tmp_path):
+    pixels = np.arange(24).reshape(4, 6)
+    np.testing.assert_allclose(read_image(picture(tmp_path / "a.png", pixels), (4, 6, 1))[..., 0], pixels / 127.5 - 1)
+    with pytest.raises(JaxdiffError, match=r"a\.png is 6x4, and this model draws 4x6"):
+        read_image(tmp_path / "a.png", (6, 4, 1))
+
+
+def test_solvers_and_grids_are_told_without_a_run(tmp_path, capfd):
+    capfd.readouterr()
+    assert sample.main(["--list", "--workdir", str(tmp_path / "none")]) == 0
+    told = [line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines() if line.startswith("  ")]
+    abouts = {name: solver.about for name, solver in SOLVERS.items()} | describe_grids()
+    assert told == [[name, about] for name, about in abouts.items()]
+    assert not list(tmp_path.iterdir())
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -154,10 +244,51 @@ def test_an_option_that_does_not_exist_or_parse(args, meant, tmp_path, capfd):
         (["--num", "0"], "num"),
         (["--num-steps", "5000"], "5000"),
         (["--checkpoint", "newest"], "latest"),
+        (["--image", ROOT / "sample.py"], "sample.py cannot be read"),
+        (["--image", ROOT / "none.png"], "none.png"),
+        (["--image", DIGITS, "--mask", ROOT / "sample.py"], "sample.py cannot be read"),
+        (["--mask", DIGITS], "are of an image, and there is none"),
+        (["--strength", "0.5"], "are of an image, and there is none"),
+        (["--image", DIGITS, "--strength", "0"], "strength should be greater than 0"),
+        (["--image", DIGITS, "--strength", "1.5"], "strength should be less than or equal to 1"),
+        (["--image", DIGITS, "--strength", "0.1"], "at least one of the 4 steps"),
+        (["--negative", "3", "--guidance-scale", "1"], "choose a guidance_scale other than 1"),
+        (["--negative", "cow"], "There is no class 'cow'"),
+        (["--solver", "dpmpp_3m", "--num-steps", "2"], "Order 3 needs at least 3 steps, and the grid has 2"),
+        (["--solver", "ddpm", "--eta", "0.5"], "eta is no option of the solver 'ddpm'"),
+        (["--order", "7"], "order should be less than or equal to 4, not 7"),
+        (["--order", "2"], "order is no option of the solver 'ddim': it has eta"),
+        (["--shift", "3"], "moves the times of the flow process alone"),
+        (["--guidance-interval", "-1", "2"], "guidance_interval.0 should be greater than or equal to 0"),
+        (["--grid", "ays_svd", "--num-steps", "50"], "more than this process has"),
     ],
+    ids=lambda value: " ".join(Path(arg).name for arg in value) if isinstance(value, list) else "",
 )
 def test_what_can_not_be_sampled(args, meant, tiny_run, tmp_path, one_sentence):
     assert meant in one_sentence(sample.main, ["--workdir", tiny_run, "--out", tmp_path / "a.npz", *args])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["--guidance-interval", "1", "2", "3"], "3"),
+        (["--guidance-interval", "1"], "guidance-interval"),
+        (["--solver", "dpmp_2m"], "dpmpp_2m"),
+        (["--grid", "karas"], "karras"),
+        (["--frame", "flo"], "flow"),
+        (["--strenght", "1"], "--strength"),
+    ],
+)
+def test_an_option_of_sampling_that_does_not_exist_or_parse(args, meant, tiny_run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as left:
+        sample.main(["--workdir", str(tiny_run), "--out", str(tmp_path / "a.npz"), *args])
+    err = capfd.readouterr().err
+    assert left.value.code == 2
+    assert meant in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) < 25
     assert not list(tmp_path.iterdir())
 
 

@@ -1,20 +1,22 @@
 """Configs: what is refused and in which words, the command line, and that they survive being saved."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
 
 from jaxdiff import config as c
 from jaxdiff import models
-from jaxdiff.config import Config, Data, Diffusion, Optimizer, SimpleUNet, Train, UNet
+from jaxdiff.config import Config, Data, Diffusion, Optimizer, Sampling, SimpleUNet, Train, UNet
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import THRESHOLDS
 from jaxdiff.losses import TIME_DISTRIBUTIONS, WEIGHTINGS
 from jaxdiff.pipelines import init_params, make_diffuser
 from jaxdiff.preconditioning import PREDICTIONS
-from jaxdiff.schedules import BETA_SCHEDULES, CONTINUOUS_PROCESSES
+from jaxdiff.schedules import BETA_SCHEDULES, CONTINUOUS_PROCESSES, FRAMES
 from jaxdiff.solvers import GRIDS, SOLVERS
 
 RECIPES = Path(__file__).parent.parent / "configs"
@@ -22,7 +24,9 @@ SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1
 
 
 def choices(section: type, name: str) -> tuple[str, ...]:
-    return {field.name: field.type for field in dataclasses.fields(section)}[name].__args__
+    """What a Literal allows, and a Literal | None beside None."""
+    literal = {field.name: field.type for field in dataclasses.fields(section)}[name]
+    return get_args(get_args(literal)[0]) or get_args(literal)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
@@ -42,6 +46,7 @@ def test_choices_are_the_registries():
     """The names that a config allows are the names that the library knows."""
     assert set(choices(c.Sampling, "solver")) == set(SOLVERS)
     assert set(choices(c.Sampling, "grid")) == set(GRIDS)
+    assert set(choices(c.Sampling, "frame")) == set(FRAMES)
     assert set(choices(c.Sampling, "threshold")) == set(THRESHOLDS)
     assert set(choices(c.Diffusion, "prediction")) == set(PREDICTIONS)
     assert set(choices(c.Diffusion, "weighting")) == set(WEIGHTINGS)
@@ -70,6 +75,18 @@ def test_override():
     ]
 
 
+def test_how_to_sample_survives_the_command_line_and_being_saved():
+    options = {"solver": "edm", "grid": "ays_sd", "final": "sigma_min", "frame": "flow", "guidance_rescale": 0.5}
+    options |= {"s_churn": 3.0, "guidance_interval": (0.2, 8.0)}
+    args = ["--sampling.solver", "edm", "--sampling.grid", "ays_sd", "--sampling.final", "sigma_min"]
+    args += ["--sampling.frame", "flow", "--sampling.guidance-rescale", "0.5", "--sampling.s-churn", "3"]
+    args += ["--sampling.guidance-interval", "0.2", "8", "--sampling.order", "None", "--sampling.eta", "None"]
+    base = Config(sampling=Sampling(order=2, eta=0.5))
+    config = c.validate(c.override(base, args, "train.py"))
+    assert config.sampling == Sampling(**options)
+    assert c.from_dict(Config, json.loads(json.dumps(c.to_dict(config)))) == config
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -93,6 +110,10 @@ def test_a_wrong_option_leaves_with_what_is_allowed(args, said, capsys):
         (Config(optimizer=Optimizer(ema_decay=1.0)), "optimizer.ema_decay should be less than 1, not 1.0."),
         (Config(diffusion=Diffusion(prediction="noise")), "'eps', 'x0', 'v', 'flow', 'score' or 'edm', not 'noise'."),
         (Config(model=UNet(channels=(64, 0))), "model.channels.1 should be greater than 0, not 0."),
+        (Config(sampling=Sampling(solver="dpm")), "'lcm', not 'dpm'."),
+        (Config(sampling=Sampling(shift=0.0)), "sampling.shift should be greater than 0, not 0.0."),
+        (Config(sampling=Sampling(order=5)), "sampling.order should be less than or equal to 4, not 5."),
+        (Config(sampling=Sampling(guidance_interval=(1.0,))), "sampling.guidance_interval.1"),
         (Config(diffusion=Diffusion(zero_terminal_snr=True)), "choose v, x0, flow or edm."),
         (Config(diffusion=Diffusion(zero_terminal_snr=True, schedule="vp", prediction="v")), "choose linear, cosine"),
     ],

@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.sampling import example_keys, initial_noise, row_noise, sample, sample_ddim, sample_ddpm
+from jaxdiff.sampling import (
+    example_keys,
+    initial_noise,
+    noised,
+    row_noise,
+    sample,
+    sample_ddim,
+    sample_ddpm,
+    slerp,
+)
 from jaxdiff.schedules import DiffusionSchedule, Node, linear_beta_schedule, make_process
-from jaxdiff.solvers import SolverTable, ddim, ddpm, make_grid
+from jaxdiff.solvers import SolverTable, ddim, ddpm, make_grid, make_table, tail
 
 MEAN = np.array([0.5, -0.3])
 COVARIANCE = np.array([[1.0, 0.6], [0.6, 0.8]])
@@ -95,10 +104,11 @@ def test_the_course_s_samplers_clip_where_asked():
 
 
 def test_the_scan_equals_a_loop_over_rows_of_several_images():
-    """A made-up table with m = 3, full matrices and noise, followed by hand."""
+    """A made-up table with m = 3, full matrices, and noise in all rows but one, followed by hand."""
     rng = np.random.default_rng(0)
     n, m = 4, 3
     table = SolverTable(*rng.uniform(0.1, 1, (3, n)), rng.normal(size=(n, m, m)) / 2, *rng.normal(size=(2, n, m)))
+    table.n[1] = 0
     denoise = lambda x, node: jnp.tanh(x) * node.alpha + node.sigma * node.t  # noqa: E731
     keys = example_keys(jax.random.key(3), jnp.arange(2))
     x = initial_noise(table, keys, (5,))
@@ -158,6 +168,74 @@ def test_initial_noise_has_the_marginal_s_scale():
     for name, expected in (("linear", 1.0), ("edm", 80.0), ("flow", 0.999)):
         table = ddim(make_grid(make_process(name), 5))
         np.testing.assert_allclose(initial_noise(table, KEYS, (2,)).std(), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "edm"])
+def test_noised_images_have_the_signal_and_the_noise_of_the_first_node(schedule):
+    table = ddim(tail(make_grid(make_process(schedule), 10), 0.4))
+    x_0 = jnp.broadcast_to(jnp.float32(MEAN), (20_000, 2))
+    x = noised(table, x_0, KEYS)
+    alpha, sigma = table.alpha[0], table.sigma[0]
+    np.testing.assert_allclose(x.mean(0), alpha * MEAN, atol=5 * sigma / np.sqrt(20_000))
+    np.testing.assert_allclose(x.std(0), sigma, rtol=0.03)
+    z = initial_noise(table, KEYS, (2,)) / np.hypot(alpha, sigma)
+    np.testing.assert_allclose(x, alpha * MEAN + sigma * z, rtol=1e-5, atol=1e-5 * sigma)
+    np.testing.assert_allclose(noised(table, x_0[4:6], KEYS[4:6]), x[4:6], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("solver", "schedule"), [("heun", "linear"), ("dpmpp_2m_sde", "flow")])
+def test_from_images_with_noise_come_images_of_the_same_distribution(solver, schedule):
+    """And the more of the steps are taken, the less each is like the one that it began as."""
+    root = np.linalg.cholesky(COVARIANCE)
+    images = jnp.float32(MEAN + np.random.default_rng(0).normal(size=(20_000, 2)) @ root.T)
+    grid = make_grid(make_process(schedule), 100)
+    kept = []
+    for strength in (0.3, 0.8):
+        table = make_table(solver, tail(grid, strength))
+        drawn = sample(gaussian_denoiser, table, noised(table, images, KEYS), KEYS)
+        np.testing.assert_allclose(drawn.mean(0), MEAN, atol=0.03)
+        np.testing.assert_allclose(np.cov(drawn.T), COVARIANCE, atol=0.04)
+        kept.append(np.corrcoef(images[:, 0], drawn[:, 0])[0, 1])
+    assert 1 > kept[0] > kept[1] + 0.2
+
+
+def test_slerp_is_the_formula_of_each_example():
+    a, b = jax.random.normal(KEYS[0], (2, 3, 4, 5))
+    weight = np.array([0.0, 0.3, 1.5])
+    expected = []
+    for x, y, w in zip(np.float64(a), np.float64(b), weight, strict=True):
+        angle = np.arccos((x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y)))
+        expected.append((np.sin((1 - w) * angle) * x + np.sin(w * angle) * y) / np.sin(angle))
+    np.testing.assert_allclose(slerp(a, b, jnp.asarray(weight)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(slerp(a, b, 0.3)[1], expected[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(slerp(a, b, 0), a, rtol=1e-6)
+    np.testing.assert_allclose(slerp(a, b, 1), b, rtol=1e-6)
+
+
+def test_slerp_keeps_the_length_of_noise():
+    a, b = jnp.eye(2, 6)[:, None]
+    between = jnp.stack([slerp(a, b, w)[0] for w in (0.1, 0.5, 0.8)])
+    np.testing.assert_allclose(jnp.linalg.norm(between, axis=1), 1, rtol=1e-6)
+    a, b = jax.random.normal(KEYS[0], (2, 4, 10_000))
+    np.testing.assert_allclose(slerp(a, b, 0.5).std(1), 1, atol=0.03)
+    assert ((a + b) / 2).std() < 0.8  # as a mean would not
+
+
+PARALLEL = jax.random.normal(KEYS[0], (2, 7))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5, -1.0])
+def test_slerp_of_parallel_noises_goes_along_the_line(factor):
+    between = slerp(PARALLEL, factor * PARALLEL, jnp.float32([0.3, 0.9]))
+    weight = np.array([[0.3], [0.9]])
+    np.testing.assert_allclose(between, (1 - weight) * PARALLEL + weight * factor * PARALLEL, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5, -1.0])
+def test_slerp_s_gradient_is_finite_and_along_the_line_where_noises_are_parallel(factor):
+    of_a, of_b = jax.grad(lambda a, b: slerp(a, b, 0.3).sum(), (0, 1))(PARALLEL, factor * PARALLEL)
+    np.testing.assert_allclose(of_a, 0.7, rtol=1e-5)
+    np.testing.assert_allclose(of_b, 0.3, rtol=1e-5)
 
 
 def test_a_table_can_be_learned():

@@ -88,8 +88,8 @@ class Grid:
         """Raise JaxdiffError where the first node's `measure`, "level" or "noise", is infinite: at no signal."""
         if math.isinf(getattr(self[0], measure)):
             raise JaxdiffError(
-                "This solver needs some signal to start from, and a zero terminal SNR has none: choose ddim, ddpm, "
-                "dpmpp_2m or unipc, or times of your own."
+                "This solver needs some signal to start from, and a zero terminal SNR has none: choose the frame "
+                "'flow', or ddim, ddpm, dpmpp_2m or unipc."
             )
 
     @property
@@ -140,7 +140,8 @@ def exponential(process: Process, num_steps: int) -> np.ndarray:
 def uniform_logsnr(process: Process, num_steps: int) -> np.ndarray:
     """Log SNR in equal steps, whatever the frame."""
     ends = node_at(process, np.array([process.t_max, process.t_min]))
-    _end_levels(process)
+    if ends.alpha[0] == 0:
+        raise JaxdiffError("The grid 'logsnr' needs a finite log SNR to start from: not a zero terminal SNR.")
     return process.time_at(np.linspace(*logsnr(ends.alpha, ends.sigma), num_steps))
 
 
@@ -168,22 +169,24 @@ def align_your_steps(process: Process, num_steps: int, table: str = "sd") -> np.
     reached = node_at(process, times)
     if not np.allclose(logsnr(reached.alpha, reached.sigma), -2 * levels, atol=1e-3):
         raise JaxdiffError(
-            f"The grid of {table!r} starts at the noise level {_ALIGNED[table][0]}, out of this process."
+            f"The grid of {table!r} goes from the noise level {_ALIGNED[table][0]} down to {np.exp(levels[-1]):.3g}, "
+            "which is more than this process has."
         )
     return times
 
 
 def _end_levels(process: Process) -> np.ndarray:
-    """The levels at t_max and t_min, finite and above 0, else JaxdiffError."""
+    """The levels at t_max and t_min; JaxdiffError where the first is infinite."""
     ends = node_at(process, np.array([process.t_max, process.t_min]))
-    if ends.alpha[0] == 0:
-        raise JaxdiffError("A grid over noise levels needs a finite one to start from: not a zero terminal SNR.")
+    if ends.alpha[0] == 0 and process.frame == "noise":
+        raise JaxdiffError("A grid over noise levels needs a finite one to start from: choose the frame 'flow'.")
     return ends.sigma / FRAMES[process.frame](ends.alpha, ends.sigma)
 
 
 def _times(process: Process, levels: np.ndarray) -> np.ndarray:
     """The times of levels."""
-    return process.time_at(2 * np.log((1 - levels) / levels if process.frame == "flow" else 1 / levels))
+    with np.errstate(divide="ignore"):  # where there is no signal
+        return process.time_at(2 * np.log((1 - levels) / levels if process.frame == "flow" else 1 / levels))
 
 
 GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = {
@@ -231,7 +234,6 @@ def make_grid(
         raise JaxdiffError(f"The final noise level of a grid is 'zero' or 'sigma_min', not {final!r}.")
     if frame is not None and frame not in FRAMES:
         raise JaxdiffError(f"There is no frame {frame!r}; there are {', '.join(FRAMES)}.")
-    is_flow = process.frame == "flow"
     process = process._replace(frame=frame or process.frame)
     most = process.timesteps or np.inf
     if not 1 <= num_steps <= most:
@@ -246,7 +248,7 @@ def make_grid(
         else:
             times = np.append(times, process.t_min)
     if shift != 1:
-        if not is_flow or not shift > 0:
+        if not shift > 0 or not np.allclose(node_at(process, times)[1:], (1 - times, times)):
             raise JaxdiffError(f"shift must be above 0, and moves the times of the flow process alone; it is {shift}.")
         times = shift * times / (1 + (shift - 1) * times)
     return grid_at(process, times, final=final)

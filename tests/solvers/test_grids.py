@@ -102,10 +102,18 @@ def test_aligned_steps_are_the_tables_and_log_linear_between_them():
     np.testing.assert_allclose(twenty[::2], levels(grid)[:-1], rtol=1e-9)
     np.testing.assert_allclose(twenty[1], np.sqrt(twenty[0] * twenty[2]), rtol=1e-4)
     assert make_grid(make_process("vp"), 5, "ays_sdxl").num_steps == 5
-    with pytest.raises(JaxdiffError, match="out of this process"):
+    with pytest.raises(JaxdiffError, match="more than this process has"):
         make_grid(SD, 10, "ays_svd")
     video = make_grid(make_process("edm")._replace(t_max=700.0), 10, "ays_svd")
     np.testing.assert_allclose(video.sigma[[0, 1]], [700, 54.5], rtol=1e-9)
+
+
+def test_a_process_s_frame_is_that_of_flows_where_it_begins_at_high_noise():
+    frames = {name: make_process(name).frame for name in ("linear", "scaled_linear", "cosine", "vp", "edm", "flow")}
+    assert {name for name, frame in frames.items() if frame == "flow"} == {"cosine", "flow"}
+    assert make_process("linear", zero_terminal_snr=True).frame == "flow"
+    first = make_grid(make_process("cosine", zero_terminal_snr=True), 5, "karras")[0]
+    assert (first.t, first.level) == (999, 1)
 
 
 def test_times_of_one_s_own():
@@ -151,7 +159,8 @@ LINEAR = make_process("linear")
         (lambda: make_grid(LINEAR, 1000, "linspace", final="sigma_min"), "only 1000 times"),
         (lambda: make_grid(make_process("flow"), -1), "at least 1"),
         (lambda: make_grid(make_process("flow"), 5, "middle"), "trailing, leading, linspace, karras"),
-        (lambda: make_grid(make_process("cosine", zero_terminal_snr=True), 5, "karras"), "zero terminal SNR"),
+        (lambda: make_grid(make_process("cosine", zero_terminal_snr=True), 5, "logsnr"), "zero terminal SNR"),
+        (lambda: make_grid(make_process("cosine", zero_terminal_snr=True), 5, "karras", frame="noise"), "'flow'"),
         (lambda: make_grid(LINEAR, 5, final="last"), "'zero' or 'sigma_min'"),
         (lambda: make_grid(LINEAR, 5, shift=3.0), "flow process alone"),
         (lambda: make_grid(LINEAR, 5, shift=3.0, frame="flow"), "flow process alone"),
