@@ -1,7 +1,8 @@
 """Draw samples from a run: python sample.py --workdir runs/digits --labels 3 7 --num 64 --out digits.png.
 
-The i-th image follows the i-th label, the labels repeated as often as needed. Writes a grid as a picture (.png), or
-images and labels as arrays for scripts (.npz), and prints one JSON line about what it drew.
+The i-th image follows the i-th label, the labels repeated as often as needed; a model of captions takes --prompt
+"a three left of a seven" instead, and draws as many images of each. Writes a grid as a picture (.png), or images with
+their labels or prompts as arrays for scripts (.npz), and prints one JSON line about what it drew.
 """
 
 import json
@@ -12,7 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff.checkpoints import load_run
-from jaxdiff.cli import describe_samplers, make_request, parse_sample_options, told_in_a_sentence
+from jaxdiff.cli import (
+    default_columns,
+    describe_samplers,
+    make_request,
+    parse_sample_options,
+    prompt_arrays,
+    told_in_a_sentence,
+)
 from jaxdiff.images import save_animation, save_arrays, save_image
 from jaxdiff.pipelines import check_sampling, generate
 
@@ -28,7 +36,7 @@ def main(args: list[str]) -> int:
         return 0
     diffuser, params, step = load_run(options.workdir, options.checkpoint)
     request = make_request(diffuser, options)
-    columns = options.columns or len(options.labels) or len(diffuser.class_names) or None
+    columns = options.columns or default_columns(diffuser, options)
 
     began = time.perf_counter()
     images, frames = [], []
@@ -50,7 +58,7 @@ def main(args: list[str]) -> int:
     seconds = time.perf_counter() - began
 
     if options.out.endswith(".npz"):
-        save_arrays(options.out, images=images, labels=request.labels)
+        save_arrays(options.out, images=images, **prompt_arrays(diffuser, request.prompt))
     else:
         save_image(images, options.out, columns)
     if options.animation:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import condition, example_keys, initial_noise, make_denoiser, make_grid, make_table, pad_table, sample
+from jaxdiff import condition, example_keys, initial_noise, make_grid, make_table, pad_table, sample
 from jaxdiff.checkpoints import load_run
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.ode import solve_ode
-from jaxdiff.pipelines import condition_on, make_network
+from jaxdiff.pipelines import condition_on, conditional_denoiser
 from jaxdiff.schedules import Node, node_at
 
 SOLVERS = {
@@ -90,14 +90,12 @@ def main():
     args = parser.parse_args()
 
     diffuser, params, step = load_run(args.workdir, "latest")
-    process, diffusion = diffuser.process, diffuser.config.diffusion
+    process = diffuser.process
     keys = example_keys(jax.random.key(args.seed), jnp.arange(args.num))
     labels = jnp.arange(args.num) % max(len(diffuser.class_names), 1)
 
     def denoiser(params):
-        network = make_network(diffuser, params)
-        denoise = make_denoiser(network, process, diffusion.prediction, diffusion.sigma_data)
-        return condition(denoise, condition_on(diffuser, labels))
+        return condition(conditional_denoiser(diffuser, params), condition_on(diffuser, params, labels))
 
     start = initial_noise(make_table("ddim", make_grid(process, 1)), keys, diffuser.image_shape)
 

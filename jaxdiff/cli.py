@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
 from annotated_types import Interval
@@ -18,8 +19,9 @@ from jaxdiff.config import Config, Count, Positive, Sampling, load_recipe, overr
 from jaxdiff.data.decoding import open_image, to_array
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
-from jaxdiff.pipelines import Diffuser, Request
+from jaxdiff.pipelines import Diffuser, Prompt, Request
 from jaxdiff.solvers import SOLVERS, describe_grids
+from jaxdiff.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class SampleOptions:
     """latest, best or a step."""
     labels: tuple[str, ...] = ()
     """Classes to draw, by number or name, repeated in turn; left empty, all of them."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw, an equal share of the images each; of models of captions, in the place of labels."""
+    prompts_file: str | None = None
+    """A file with a text a line, in UTF-8, instead of --prompt."""
     num: Positive = 80
     """How many images."""
     out: str = "samples.png"
@@ -52,7 +58,7 @@ class SampleOptions:
     animation: str | None = None
     """Also write the predicted images from noise to data as a .gif or .webp."""
     negative: tuple[str, ...] = ()
-    """Classes that guidance leads away from, repeated in turn as the labels are; left empty, from no class."""
+    """Classes or texts that guidance leads away from, repeated as those to draw are; left empty, from none."""
     image: str | None = None
     """A picture to start from, brought to the model's size and colours."""
     strength: Annotated[float, Interval(gt=0, le=1)] = 1.0
@@ -114,11 +120,65 @@ def make_request(diffuser: Diffuser, options: SampleOptions) -> Request:
     num, shape = options.num, diffuser.image_shape
     for_each = lambda array: np.broadcast_to(array, (num, *array.shape))  # noqa: E731
     return Request(
-        choose_labels(diffuser, options.labels, num),
-        negative=choose_labels(diffuser, options.negative, num) if options.negative else None,
+        choose_prompts(diffuser, options.labels, read_prompts(options), num),
+        negative=choose_negative(diffuser, options.negative, num) if options.negative else None,
         image=for_each(read_image(options.image, shape)) if options.image else None,
         mask=for_each(read_image(options.mask, (*shape[:2], 1)) > 0) if options.mask else None,
     )
+
+
+def read_prompts(options: SampleOptions) -> tuple[str, ...]:
+    """The texts of --prompt or --prompts-file; JaxdiffError for both, and for a file that is missing or not UTF-8."""
+    if options.prompts_file is None:
+        return options.prompt
+    if options.prompt:
+        raise JaxdiffError("Give the texts by --prompt or by --prompts-file, not by both.")
+    try:
+        lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxdiffError(f"The prompts in {options.prompts_file} can not be read: {error}.") from error
+    if not (prompts := tuple(line.strip() for line in lines if line.strip())):
+        raise JaxdiffError(f"There is no prompt in {options.prompts_file}.")
+    return prompts
+
+
+def choose_prompts(diffuser: Diffuser, labels: tuple[str, ...], prompts: tuple[str, ...], num: int) -> Prompt:
+    """What to draw: texts for a model of captions, none of them being the empty text, and labels for any other."""
+    if diffuser.text is None:
+        if prompts:
+            raise JaxdiffError("This model was trained without captions: leave --prompt out, and choose --labels.")
+        return choose_labels(diffuser, labels, num)
+    if labels:
+        raise JaxdiffError("This model was trained on captions: leave --labels out, and say what to draw by --prompt.")
+    return encode_prompts(diffuser, prompts or ("",), num)
+
+
+def choose_negative(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> Prompt:
+    """What to lead away from, as `choose_prompts` has it."""
+    if diffuser.text is None:
+        return choose_labels(diffuser, wanted, num)
+    return encode_prompts(diffuser, wanted, num)
+
+
+def encode_prompts(diffuser: Diffuser, prompts: tuple[str, ...], num: int) -> Tokens:
+    """Texts as tokens [num, L], an equal share each in turn; JaxdiffError for one that is too long."""
+    share = -(-num // len(prompts))
+    tokens = diffuser.text.tokenizer.encode(prompts)
+    return jax.tree.map(lambda rows: np.repeat(rows, share, axis=0)[:num], tokens)
+
+
+def default_columns(diffuser: Diffuser, options: SampleOptions) -> int | None:
+    """Of a picture: a column a class, or a row a text; None, a square, where there is neither."""
+    if diffuser.text and (prompts := read_prompts(options)):
+        return -(-options.num // len(prompts))
+    return len(options.labels) or len(diffuser.class_names) or None
+
+
+def prompt_arrays(diffuser: Diffuser, prompt: Prompt) -> dict[str, np.ndarray]:
+    """What was asked for, to be saved beside the images: their labels, or the texts."""
+    if diffuser.text is None:
+        return {"labels": prompt}
+    return {"prompts": np.array(diffuser.text.tokenizer.decode(prompt.tokens))}
 
 
 def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.ndarray:

@@ -114,8 +114,26 @@ class Diffusion(_Strict):
     lognormal_std: Annotated[float, Gt(0)] = 1.2
     stratified: bool = True
     """Spread the times of a batch evenly; each by itself is distributed as before."""
-    class_dropout: Probability = 0.1
-    """How often the class is withheld in training, for classifier-free guidance."""
+    condition_dropout: Probability = 0.1
+    """How often the class or the caption is withheld in training, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Text(_Strict):
+    """How captions are read: a tokenizer, and a text transformer that is trained with the network."""
+
+    tokenizer: Literal["bytes", "clip"] = "bytes"
+    vocabulary: str | None = None
+    """Where CLIP's vocabulary lies, a tokenizer.json or the folder of vocab.json and merges.txt; of no use to bytes."""
+    max_length: Positive = 64
+    """Tokens of a prompt, begin and end included; longer captions in the data are cut, longer prompts refused."""
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 512
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    pooled_only: bool = False
+    """Give the network one vector for the whole caption and not one a token: an ablation."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +221,8 @@ class Config(_Strict):
 
     data: Data = Data()
     model: Annotated[SimpleUNet | UNet, Field(discriminator="kind")] = UNet()
+    text: Text | None = None
+    """None conditions on classes, where the data has any; a Text on captions."""
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()

@@ -11,21 +11,30 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdiff import models
-from jaxdiff.config import Config, Sampling, SimpleUNet
+from jaxdiff.config import Config, Sampling, SimpleUNet, Text
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.guidance import THRESHOLDS, classifier_free_guidance, condition, guidance_interval, inpaint
+from jaxdiff.guidance import THRESHOLDS, ConditionalDenoiser, classifier_free_guidance, condition, guidance_interval, inpaint
 from jaxdiff.images import to_uint8
 from jaxdiff.models import Condition
 from jaxdiff.preconditioning import Network, make_denoiser
 from jaxdiff.sampling import example_keys, initial_noise, noised, sample
 from jaxdiff.schedules import Process, make_process
 from jaxdiff.solvers import SolverTable, make_grid, make_table, tail
+from jaxdiff.text import ByteTokenizer, ClipTokenizer, Tokenizer, Tokens
+
+
+class TextEncoder(NamedTuple):
+    """How a model reads prompts: a tokenizer, and the network from tokens to vectors."""
+
+    tokenizer: Tokenizer
+    model: nn.Module
 
 
 class Diffuser(NamedTuple):
     """A diffusion model without its parameters: the network, the process, and what it draws.
 
     image_shape: (H, W, C). class_names: what the labels 0, 1, ... stand for; empty where the network takes none.
+    text: what reads prompts; None where the network takes none.
     """
 
     config: Config
@@ -33,11 +42,21 @@ class Diffuser(NamedTuple):
     process: Process
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    text: TextEncoder | None = None
 
     @property
     def null_label(self) -> int:
         """The label that stands for no class: one more than the last."""
         return len(self.class_names)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network takes a condition at all."""
+        return bool(self.class_names) or self.text is not None
+
+
+Prompt = jax.Array | Tokens
+"""What images are to show, a row each: labels [B] (of no meaning to a model without classes), or texts as tokens."""
 
 
 def make_diffuser(config: Config, image_shape: Sequence[int], class_names: Sequence[str]) -> Diffuser:
@@ -47,37 +66,83 @@ def make_diffuser(config: Config, image_shape: Sequence[int], class_names: Seque
     """
     options = {key: value for key, value in vars(config.model).items() if key not in ("kind", "class_conditional")}
     channels = image_shape[-1]
+    text = make_text_encoder(config.text) if config.text else None
     if isinstance(config.model, SimpleUNet):
+        if text:
+            raise JaxdiffError("The simple_unet takes no captions: choose the model unet, or leave text out.")
         class_names = ()
         model = models.SimpleUNet(out_channels=channels, **options)
     else:
-        class_names = tuple(class_names) if config.model.class_conditional else ()
+        class_names = tuple(class_names) if config.model.class_conditional and not text else ()
         options["dtype"] = jnp.dtype(options["dtype"])
+        options["context_dim"] = config.text.hidden_size if text else None
         classes = len(class_names) + 1 if class_names else None
         model = models.UNet(out_channels=channels, num_class_embeds=classes, **options)
     diffusion = config.diffusion
     process = make_process(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
-    diffuser = Diffuser(config, model, process, tuple(image_shape), class_names)
+    diffuser = Diffuser(config, model, process, tuple(image_shape), class_names, text)
     jax.eval_shape(lambda: init_params(diffuser, jax.random.key(0)))
     return diffuser
 
 
-def init_params(diffuser: Diffuser, key: jax.Array) -> Any:
-    """Fresh parameters of the network."""
-    x = jnp.zeros((1, *diffuser.image_shape))
-    return diffuser.model.init(key, x, jnp.zeros(1), condition_on(diffuser, jnp.zeros(1, jnp.int32)))["params"]
+def make_text_encoder(text: Text) -> TextEncoder:
+    """What a config says of reading prompts. Raises JaxdiffError where the vocabulary is not to be had."""
+    if text.tokenizer == "clip":
+        if text.vocabulary is None:
+            raise JaxdiffError('The tokenizer "clip" needs text.vocabulary: a tokenizer.json, or the folder of one.')
+        tokenizer = ClipTokenizer(text.vocabulary, text.max_length)
+    else:
+        tokenizer = ByteTokenizer(text.max_length)
+    sizes = (text.hidden_size, text.intermediate_size, text.num_layers, text.num_heads, text.max_length)
+    model = models.CLIPTextModel(tokenizer.vocab_size, *sizes, text.hidden_act, eos_token_id=tokenizer.end_id)
+    return TextEncoder(tokenizer, model)
 
 
-def condition_on(diffuser: Diffuser, labels: jax.Array) -> Condition:
-    """The condition of labels [B]; empty where the network takes none."""
-    return Condition(label=labels) if diffuser.class_names else Condition()
+def init_params(diffuser: Diffuser, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters: those of the network and, where there is one, of the text encoder."""
+    params = {}
+    prompt = null_prompt(diffuser, 1)
+    if diffuser.text:
+        params["text"] = diffuser.text.model.init(jax.random.fold_in(key, 1), *prompt)["params"]
+    x, cond = jnp.zeros((1, *diffuser.image_shape)), condition_on(diffuser, params, prompt)
+    return params | {"network": diffuser.model.init(key, x, jnp.zeros(1), cond)["params"]}
+
+
+def null_prompt(diffuser: Diffuser, num: int) -> Prompt:
+    """As many prompts that ask for nothing: the label after the last, or the empty text."""
+    if diffuser.text is None:
+        return jnp.full(num, diffuser.null_label)
+    empty = diffuser.text.tokenizer.encode([""])
+    return jax.tree.map(lambda row: jnp.repeat(jnp.asarray(row), num, axis=0), empty)
+
+
+def prompt_of(diffuser: Diffuser, batch: dict[str, jax.Array]) -> Prompt:
+    """The prompts that come with a batch's images."""
+    return batch["label"] if diffuser.text is None else Tokens(batch["tokens"], batch["mask"])
+
+
+def condition_on(diffuser: Diffuser, params: dict[str, Any], prompt: Prompt) -> Condition:
+    """The condition that prompts make; empty where the network takes none."""
+    if diffuser.text is None:
+        return Condition(label=prompt) if diffuser.class_names else Condition()
+    hidden, pooled = diffuser.text.model.apply({"params": params["text"]}, *prompt)
+    if diffuser.config.text.pooled_only:
+        return Condition(context=pooled[:, None])
+    return Condition(context=hidden, context_mask=prompt.mask)
 
 
 def make_network(diffuser: Diffuser, params: Any, dropout_key: jax.Array | None = None) -> Network:
     """The network as F(x, c_noise, cond), training with dropout where a key is given."""
     train = dropout_key is not None
     rngs = {"dropout": dropout_key} if train else None
-    return lambda x, t, cond: diffuser.model.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+    return lambda x, t, cond: diffuser.model.apply({"params": params["network"]}, x, t, cond, train=train, rngs=rngs)
+
+
+def conditional_denoiser(diffuser: Diffuser, params: dict[str, Any]) -> ConditionalDenoiser:
+    """The model as denoise(x, node, cond) -> x0_hat, with a cond that `condition_on` makes."""
+    diffusion = diffuser.config.diffusion
+    network = make_network(diffuser, params)
+    return make_denoiser(network, diffuser.process, diffusion.prediction, diffusion.sigma_data)
 
 
 class Drawn(NamedTuple):
@@ -102,13 +167,13 @@ class Guidance(NamedTuple):
 class Request(NamedTuple):
     """What to draw, a row for each image; parts that are None ask for nothing and cost nothing.
 
-    labels: int [B]. negative: labels [B] that guidance leads away from, instead of from no class.
+    prompt: what to show. negative: prompts that guidance leads away from, instead of from none.
     image: [B, H, W, C] in [-1, 1], to start from with the noise of the table's first node. mask: [B, H, W, 1], 1 where
     that image is kept.
     """
 
-    labels: jax.Array
-    negative: jax.Array | None = None
+    prompt: Prompt
+    negative: Prompt | None = None
     image: jax.Array | None = None
     mask: jax.Array | None = None
 
@@ -116,26 +181,24 @@ class Request(NamedTuple):
 def make_sampler(diffuser: Diffuser, *, threshold: str = "clip", frames: int = 0) -> Callable:
     """A compiled draw(params, table, keys [B], request, guidance) -> Drawn, one program for all tables of a shape.
 
-    Guidance that is None follows the labels at one evaluation a row.
+    Guidance that is None follows the prompts at one evaluation a row.
 
     With `frames`, the predicted x_0 of that many rows come too, or of all where there are fewer.
     """
-    diffusion = diffuser.config.diffusion
 
     @jax.jit
     def draw(
         params: Any, table: SolverTable, keys: jax.Array, request: Request, guidance: Guidance | None = None
     ) -> Drawn:
-        denoise = make_denoiser(
-            make_network(diffuser, params), diffuser.process, diffusion.prediction, diffusion.sigma_data
-        )
-        cond = condition_on(diffuser, request.labels)
+        denoise = conditional_denoiser(diffuser, params)
+        cond = condition_on(diffuser, params, request.prompt)
         if guidance is None:
             denoise = condition(denoise, cond)
         else:
-            away = jnp.full_like(request.labels, diffuser.null_label) if request.negative is None else request.negative
+            away = null_prompt(diffuser, len(keys)) if request.negative is None else request.negative
+            null = condition_on(diffuser, params, away)
             scale = guidance_interval(guidance.scale, guidance.low, guidance.high)
-            denoise = classifier_free_guidance(denoise, cond, condition_on(diffuser, away), scale, guidance.rescale)
+            denoise = classifier_free_guidance(denoise, cond, null, scale, guidance.rescale)
         denoise = THRESHOLDS[threshold](denoise)
         if request.mask is not None:
             denoise = inpaint(denoise, request.image, request.mask)
@@ -163,11 +226,11 @@ def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0
 
     strength: the share of the steps that are taken, where one starts from an image.
     """
-    unguided = not diffuser.class_names or diffuser.config.diffusion.class_dropout == 0
+    unguided = not diffuser.conditional or diffuser.config.diffusion.condition_dropout == 0
     if sampling.guidance_scale != 1 and unguided:
         raise JaxdiffError(
-            f"guidance_scale {sampling.guidance_scale} needs a model that was trained with classes and class_dropout "
-            "above 0, and this one was not: only guidance_scale 1 is possible."
+            f"guidance_scale {sampling.guidance_scale} needs a model that was trained with classes or captions and "
+            "condition_dropout above 0, and this one was not: only guidance_scale 1 is possible."
         )
     placing = {"final": sampling.final, "shift": sampling.shift, "frame": sampling.frame}
     grid = make_grid(diffuser.process, sampling.num_steps, sampling.grid, **placing)
@@ -205,14 +268,15 @@ def generate(
     table = check_sampling(diffuser, sampling, strength)
     guidance = guidance_of(sampling)
     if request.negative is not None and guidance is None:
-        raise JaxdiffError("Guidance leads away from negative labels: choose a guidance_scale other than 1.")
+        raise JaxdiffError("Guidance leads away from negative prompts: choose a guidance_scale other than 1.")
     if request.image is None and (request.mask is not None or strength != 1):
         raise JaxdiffError("A mask, and a strength below 1, are of an image, and there is none.")
-    num, shape = len(request.labels), diffuser.image_shape
-    fitting = Request((num,), (num,), (num, *shape), (num, *shape[:2], 1))
+    num, shape = len(jax.tree.leaves(request.prompt)[0]), diffuser.image_shape
+    prompts = jax.tree.map(np.shape, null_prompt(diffuser, num))
+    fitting = Request(prompts, prompts, (num, *shape), (num, *shape[:2], 1))
     for name, part, fits in zip(Request._fields, request, fitting, strict=True):
-        if part is not None and part.shape != fits:
-            raise JaxdiffError(f"For {num} images of this model a request's {name} is {fits}, not {part.shape}.")
+        if part is not None and (given := jax.tree.map(np.shape, part)) != fits:
+            raise JaxdiffError(f"For {num} images of this model a request's {name} is {fits}, not {given}.")
     if draw is None:
         draw = make_sampler(diffuser, threshold=sampling.threshold, frames=frames)
     split, whole = over_local_devices()

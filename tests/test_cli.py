@@ -312,14 +312,14 @@ def test_there_is_no_recipe(tmp_path, one_sentence):
     ("args", "meant"),
     [
         (["--train.steps", "-5"], "train.steps"),
-        (["--diffusion.class-dropout", "1.5"], "diffusion.class_dropout"),
+        (["--diffusion.condition-dropout", "1.5"], "diffusion.condition_dropout"),
         (["--data.name", "no_such_data"], "no_such_data"),
         (["--data.split", "trian"], "train, test"),
         (["--data.name", "folder"], "data_dir"),
         (["--data.name", "folder", "--data.data-dir", "/no/such/folder"], "/no/such/folder"),
         (["--model.channels", "8", "8", "8", "8"], "8x8"),
         (["--model.num-groups", "3"], "num_groups"),
-        (["--diffusion.class-dropout", "0"], "guidance_scale"),
+        (["--diffusion.condition-dropout", "0"], "guidance_scale"),
         (["--model.no-class-conditional"], "guidance_scale"),
         (["--diffusion.zero-terminal-snr", "--diffusion.prediction", "eps"], "zero_terminal_snr"),
         (["--sampling.num-steps", "2000"], "2000"),
@@ -333,7 +333,7 @@ def test_what_can_not_be_trained(args, meant, tmp_path, one_sentence):
 
 def test_a_mistake_leaves_nothing_that_stands_in_the_way(tmp_path, one_sentence):
     """After a config that can not be trained, the right one may use the same workdir."""
-    one_sentence(train.main, [*TINY, "--workdir", tmp_path / "run", "--diffusion.class-dropout", "0"])
+    one_sentence(train.main, [*TINY, "--workdir", tmp_path / "run", "--diffusion.condition-dropout", "0"])
     assert not (tmp_path / "run").exists()
 
 

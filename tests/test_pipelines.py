@@ -295,7 +295,7 @@ def test_an_option_that_the_solver_or_the_process_does_not_have_is_told(options,
 
 @pytest.mark.parametrize("class_names", [(), ("a", "b", "c")])
 def test_guidance_needs_classes_and_that_they_were_withheld(class_names):
-    diffuser = make(class_dropout=0.0)._replace(class_names=class_names)
+    diffuser = make(condition_dropout=0.0)._replace(class_names=class_names)
     for scale in (0.0, 1.5):
         with pytest.raises(JaxdiffError, match="needs a model that was trained with classes"):
             check_sampling(diffuser, Sampling(guidance_scale=scale))

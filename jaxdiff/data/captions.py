@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxdiff.data.dataset import ImageDataset
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.text import Tokenizer
 
 SYNONYMS = {  # of tensorflow-datasets' class names; any other class is called by its name
     "T-shirt/top": ("a T-shirt", "a top", "a tee"),
@@ -42,6 +43,30 @@ def describe(class_name: str, variant: int) -> str:
     names = SYNONYMS.get(class_name) or (with_article(class_name),)
     templates = TEMPLATES if class_name in SYNONYMS else TEMPLATES[:_ANY_CLASS]
     return templates[variant % len(templates)].format(names[variant // len(templates) % len(names)])
+
+
+def uncaptioned(dataset: ImageDataset) -> ImageDataset:
+    """The same examples without captions."""
+    if not dataset.captions:
+        return dataset
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = dataset.read(indices)
+        del batch["caption"]
+        return batch
+
+    return dataset._replace(read=read, captions=False)
+
+
+def tokenized(dataset: ImageDataset, tokenizer: Tokenizer) -> ImageDataset:
+    """The same examples with "tokens" and "mask" [B, L] in the place of captions, which are cut where too long."""
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = dataset.read(indices)
+        tokens, mask = tokenizer.encode(batch.pop("caption").tolist(), truncate=True)
+        return batch | {"tokens": tokens, "mask": mask}
+
+    return dataset._replace(read=read, captions=False)
 
 
 NUM_VARIANTS = len(TEMPLATES) * 3

@@ -17,14 +17,16 @@ from flax import jax_utils
 from jaxdiff import checkpoints as ckpt
 from jaxdiff.config import Config, Train
 from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
+from jaxdiff.data.captions import captioned, tokenized, uncaptioned
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import make_grid_image, save_image
-from jaxdiff.pipelines import Diffuser, Request, generate, make_sampler, over_local_devices
+from jaxdiff.pipelines import Diffuser, Request, generate, make_sampler, over_local_devices, prompt_of
 from jaxdiff.training.reporting import Reporter
 from jaxdiff.training.state import METRICS, TrainState, init_state, learning_rate_schedule, zero_sums
 from jaxdiff.training.step import make_eval_loss, make_train_step
 
 AXIS = "batch"
+COLUMNS = 8  # of the pictures of samples
 
 
 def fit(config: Config, workdir: str | Path) -> int:
@@ -37,6 +39,7 @@ def fit(config: Config, workdir: str | Path) -> int:
     split_batch(config.train)  # said before data are read, if it does not divide
     dataset, eval_dataset = open_datasets(config)
     diffuser = ckpt.open_run(config, dataset.image_shape, dataset.class_names, workdir)
+    dataset, eval_dataset = (data and with_prompts(diffuser, data) for data in (dataset, eval_dataset))
     with ckpt.open_checkpoints(workdir, config.run.keep) as checkpoints:
         state = init_state(diffuser)
         start = checkpoints.latest_step() or 0
@@ -80,6 +83,7 @@ def run_steps(
     report.say(f"compiled in {seconds:.0f} s")
     evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
     draw = make_sampler(diffuser, threshold=config.sampling.threshold)
+    request = preview(diffuser, dataset)
     learning_rate = learning_rate_schedule(config.optimizer, config.train)
 
     report.restart_clock(start)
@@ -110,7 +114,8 @@ def run_steps(
                 check_finite({"norm of the parameters": float(optax.tree.norm(host.params))}, step, checkpoints)
                 ckpt.save(checkpoints, step, host.replace(ema_params=None), host.ema_params, score)
             if drawing and jax.process_index() == 0 and not stopping:
-                draw_samples(diffuser, jax_utils.unreplicate(state.ema_params), workdir, step, draw, report)
+                ema_params = jax_utils.unreplicate(state.ema_params)
+                draw_samples(diffuser, ema_params, request, workdir, step, draw, report)
             if logging or saving or drawing:
                 report.restart_clock(step)
             if last:
@@ -201,15 +206,34 @@ def make_evaluation(diffuser: Diffuser, dataset: ImageDataset, most: int, batch_
     return evaluate
 
 
-def draw_samples(diffuser: Diffuser, params: Any, workdir: Path, step: int, draw: Callable, report: Reporter) -> None:
-    """Draw a grid, a row a class (at most ten), and write it to samples/ and to TensorBoard."""
-    columns = 8
-    labels = np.repeat(np.arange(min(len(diffuser.class_names), 10) or columns), columns)
+def with_prompts(diffuser: Diffuser, dataset: ImageDataset) -> ImageDataset:
+    """The data with what the model reads of them: their captions as tokens, made from the classes where there are none.
+
+    Raises JaxdiffError where a model of captions is given neither captions nor classes.
+    """
+    if diffuser.text is None:
+        return uncaptioned(dataset)
+    return tokenized(dataset if dataset.captions else captioned(dataset), diffuser.text.tokenizer)
+
+
+def preview(diffuser: Diffuser, dataset: ImageDataset) -> Request:
+    """What is drawn to be looked at: eight images a row, of each class (at most ten) or of the first eight captions."""
+    if diffuser.text:
+        prompt = prompt_of(diffuser, dataset.read(np.arange(COLUMNS)))
+    else:
+        prompt = np.arange(min(len(diffuser.class_names), 10) or COLUMNS)
+    return Request(jax.tree.map(lambda rows: np.repeat(rows, COLUMNS, axis=0), prompt))
+
+
+def draw_samples(
+    diffuser: Diffuser, params: Any, request: Request, workdir: Path, step: int, draw: Callable, report: Reporter
+) -> None:
+    """Draw a grid and write it to samples/ and to TensorBoard."""
     sampling = diffuser.config.sampling
-    images = np.concatenate([part.images for part in generate(diffuser, params, Request(labels), sampling, draw=draw)])
+    images = np.concatenate([part.images for part in generate(diffuser, params, request, sampling, draw=draw)])
     path = workdir / "samples" / f"step_{step:07d}.png"
-    save_image(images, path, columns)
-    report.picture(step, np.asarray(make_grid_image(images, columns)))
+    save_image(images, path, COLUMNS)
+    report.picture(step, np.asarray(make_grid_image(images, COLUMNS)))
     report.say(f"step {step}  samples in {path}")
 
 

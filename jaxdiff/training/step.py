@@ -9,8 +9,9 @@ import optax
 
 from jaxdiff.images import to_float
 from jaxdiff.losses import diffusion_loss, stratify, time_from_uniform
-from jaxdiff.pipelines import Diffuser, condition_on, make_network
+from jaxdiff.pipelines import Diffuser, condition_on, make_network, null_prompt, prompt_of
 from jaxdiff.sampling import example_keys
+from jaxdiff.schedules import expand
 from jaxdiff.training.state import TrainState, make_optimizer
 
 
@@ -25,13 +26,14 @@ def example_losses(
 ) -> jax.Array:
     """The loss of each example [B] of a part of a batch, with times and noise drawn per example.
 
-    batch: {"image": uint8 [B, H, W, C], "label": [B]}. index: [B], the examples' places in the whole batch of
-    `batch_size`: what is drawn for an example depends on the key and its place, not on how the batch is split over
-    devices. With a `dropout_key` the network's dropout is on and classes are withheld; without, neither.
+    batch: {"image": uint8 [B, H, W, C], "label": [B]}, for captions also "tokens" and "mask" [B, L]. index: [B], the
+    examples' places in the whole batch of `batch_size`: what is drawn for an example depends on the key and its place,
+    not on how the batch is split over devices. With a `dropout_key` the network's dropout is on and conditions are
+    withheld; without, neither.
     """
     diffusion = diffuser.config.diffusion
     x_0 = to_float(batch["image"])
-    noise_key, time_key, class_key = jax.random.split(key, 3)
+    noise_key, time_key, condition_key = jax.random.split(key, 3)
     noise = jax.vmap(lambda k: jax.random.normal(k, diffuser.image_shape))(example_keys(noise_key, index))
     if diffusion.stratified:
         u = stratify(jax.random.uniform(time_key), index, batch_size)
@@ -44,17 +46,18 @@ def example_losses(
         mean=diffusion.lognormal_mean,
         std=diffusion.lognormal_std,
     )
-    labels = batch["label"]
-    if dropout_key is not None and diffusion.class_dropout:
-        withheld = jax.vmap(jax.random.uniform)(example_keys(class_key, index)) < diffusion.class_dropout
-        labels = jnp.where(withheld, diffuser.null_label, labels)
+    prompt = prompt_of(diffuser, batch)
+    if dropout_key is not None and diffusion.condition_dropout:
+        withheld = jax.vmap(jax.random.uniform)(example_keys(condition_key, index)) < diffusion.condition_dropout
+        choose = lambda null, given: jnp.where(expand(withheld, given.ndim), null, given)  # noqa: E731
+        prompt = jax.tree.map(choose, null_prompt(diffuser, len(index)), prompt)
     return diffusion_loss(
         make_network(diffuser, params, dropout_key),
         diffuser.process,
         x_0,
         t,
         noise,
-        condition_on(diffuser, labels),
+        condition_on(diffuser, params, prompt),
         prediction=diffusion.prediction,
         weighting=diffusion.weighting,
         min_snr_gamma=diffusion.min_snr_gamma,

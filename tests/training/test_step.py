@@ -84,7 +84,7 @@ STEADY = Optimizer(learning_rate=1e-2, eps=1e-3)
 
 @pytest.mark.parametrize("stratified", [True, False])
 def test_the_step_does_not_depend_on_the_number_of_devices(stratified):
-    diffuser = make(Diffusion(class_dropout=0.5, stratified=stratified), STEADY)
+    diffuser = make(Diffusion(condition_dropout=0.5, stratified=stratified), STEADY)
     one, two, eight = (steps_on(count, diffuser) for count in (1, 2, 8))
     assert int(one.step) == 3
     assert_close(one, two)
@@ -171,7 +171,7 @@ def test_adamw_decays_the_weights_and_adam_does_not():
 
 
 def test_the_eval_loss_depends_on_parameters_and_images_alone():
-    diffuser = make(Diffusion(class_dropout=1.0))
+    diffuser = make(Diffusion(condition_dropout=1.0))
     first, second = init_state(diffuser).params, init_state(make(train=Train(seed=1, batch_size=BATCH))).params
     eval_loss = make_eval_loss(diffuser)
     index = jnp.arange(BATCH)
@@ -203,7 +203,7 @@ def digits():
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_the_class_is_withheld_at_the_rate_asked_for(rate):
     """The loss of a network that tells its label: eps is of unit variance, so mean (label - eps)^2 = label^2 + 1."""
-    diffuser = make(Diffusion(class_dropout=rate), model=Tell())
+    diffuser = make(Diffusion(condition_dropout=rate), model=Tell())
     size = 4000
     batch = {"image": np.zeros((size, *SHAPE), np.uint8), "label": np.zeros(size, np.int32)}
     key = jax.random.key(0)
@@ -249,7 +249,7 @@ def check_it_learns(diffusion):
 
     Without jit: what is compiled is then single operations, which all combinations share.
     """
-    diffuser = make(dataclasses.replace(diffusion, class_dropout=0.0))
+    diffuser = make(dataclasses.replace(diffusion, condition_dropout=0.0))
     params = toy_params()
 
     def loss_of(params):
