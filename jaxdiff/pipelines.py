@@ -13,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdiff import models
 from jaxdiff.config import Config, Sampling, SimpleUNet, Text
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.guidance import THRESHOLDS, ConditionalDenoiser, classifier_free_guidance, condition, guidance_interval, inpaint
+from jaxdiff.guidance import (
+    THRESHOLDS,
+    ConditionalDenoiser,
+    classifier_free_guidance,
+    condition,
+    guidance_interval,
+    inpaint,
+)
 from jaxdiff.images import to_uint8
 from jaxdiff.models import Condition
 from jaxdiff.preconditioning import Network, make_denoiser

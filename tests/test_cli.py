@@ -185,7 +185,7 @@ def test_a_request_has_what_was_asked_for_and_no_more(tmp_path):
     mask = picture(tmp_path / "mask.png", np.repeat([[0, 255]], [4, 4], axis=1).repeat(8, axis=0))
     options = SampleOptions(num=3, labels=("dog",), negative=("0", "dog"), image=str(image), mask=str(mask))
     request = make_request(diffuser, options)
-    assert (request.labels.tolist(), request.negative.tolist()) == ([1, 1, 1], [0, 1, 0])
+    assert (request.prompt.tolist(), request.negative.tolist()) == ([1, 1, 1], [0, 1, 0])
     assert request.image.shape == (3, 4, 4, 3)
     np.testing.assert_allclose(request.image, 51 / 127.5 - 1, atol=1e-6)
     assert request.mask.shape == (3, 4, 4, 1)
@@ -300,7 +300,7 @@ def test_there_is_no_run(tmp_path, one_sentence):
 
 def test_there_is_no_recipe(tmp_path, one_sentence):
     said = one_sentence(train.main, ["--config", ROOT / "configs" / "digit.py", "--workdir", tmp_path])
-    assert "cifar10.py, digits.py" in said
+    assert "cifar10.py, digit_pairs_text.py, digits.py" in said
     (tmp_path / "broken.py").write_text("config = Config(")
     assert "broken.py" in one_sentence(train.main, ["--config", tmp_path / "broken.py", "--workdir", tmp_path / "a"])
     (tmp_path / "other.py").write_text("cfg = 3")

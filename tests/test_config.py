@@ -20,7 +20,9 @@ from jaxdiff.schedules import BETA_SCHEDULES, CONTINUOUS_PROCESSES, FRAMES
 from jaxdiff.solvers import GRIDS, SOLVERS
 
 RECIPES = Path(__file__).parent.parent / "configs"
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)} | {
+    "digit_pairs_text": (16, 16, 1)
+}
 
 
 def choices(section: type, name: str) -> tuple[str, ...]:
@@ -128,7 +130,7 @@ def test_a_wrong_value_is_told_with_what_is_allowed(config, said):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"trian": {}}, "There is no option trian; there are data, model, diffusion"),
+        ({"trian": {}}, "There is no option trian; there are data, model, text, diffusion"),
         ({"train": {"stpes": 1}}, "There is no option train.stpes; there are steps, batch_size"),
         ({"model": {"kind": "unet", "width": 1}}, "There is no option model.width; there are kind, channels"),
         ({"model": {"kind": "dit"}}, "model.kind must be one of simple_unet, unet."),
@@ -157,5 +159,5 @@ def test_a_wrong_recipe_is_told(text, said, tmp_path):
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones():
-    with pytest.raises(JaxdiffError, match=r"cifar10.py, digits.py, fashion_mnist.py, mnist.py"):
+    with pytest.raises(JaxdiffError, match=r"cifar10.py, digit_pairs_text.py, digits.py, fashion_mnist.py, mnist.py"):
         c.load_recipe(RECIPES / "digit.py")

@@ -12,6 +12,8 @@ SIDE = 16
 HELD_OUT = frozenset((first, second) for first in range(10) for second in range(10) if (3 * first + second) % 5 == 0)
 """Ordered pairs, a fifth of all, which the split "train" never shows: every digit is in both places of others."""
 
+_ALL = [(first, second) for first in range(10) for second in range(10)]
+_PAIRS = {"train": [pair for pair in _ALL if pair not in HELD_OUT], "test": [pair for pair in _ALL if pair in HELD_OUT]}
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZE = 1 << 20  # of the split "train"; drawn from the index, so that it costs nothing
 
@@ -52,26 +54,35 @@ def halves(images: np.ndarray, stacked: bool) -> tuple[np.ndarray, np.ndarray]:
     return images[:, middle, : SIDE // 2], images[:, middle, SIDE // 2 :]
 
 
+def scenes(split: str, indices: np.ndarray) -> list[Scene]:
+    """What the examples of a split show."""
+    return [_scene(split, index)[0] for index in np.asarray(indices).tolist()]
+
+
+def _scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
+    """The scene of an example, and the randomness that is left for its image and its caption."""
+    pairs = _PAIRS[split]
+    rng = np.random.default_rng((int(split == "test"), index))
+    return Scene(*pairs[rng.integers(len(pairs))], stacked=bool(rng.integers(2))), rng
+
+
 def open_digit_pairs(split: str = "train") -> ImageDataset:
     """Open the pairs: 16x16 grey canvases with captions.
 
     "train" has all pairs but the `HELD_OUT`, of scikit-learn's first 1500 digits; "test" has those, of the last 297.
     Example i is a function of the split and i. Raises JaxdiffError for another split.
     """
-    if split not in ("train", "test"):
+    if split not in _PAIRS:
         raise JaxdiffError(f'the data set "digit_pairs" has no split "{split}": choose train or test')
     digits = open_digits(split)
     drawn = digits.read(np.arange(digits.size))
     by_digit = [drawn["image"][drawn["label"] == digit] for digit in range(10)]
-    held_out = split == "test"
-    pairs = [(a, b) for a in range(10) for b in range(10) if ((a, b) in HELD_OUT) == held_out]
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         images = np.zeros((len(indices), SIDE, SIDE, 1), np.uint8)
         captions = np.empty(len(indices), object)
         for row, index in enumerate(np.asarray(indices).tolist()):
-            rng = np.random.default_rng((int(held_out), index))
-            scene = Scene(*pairs[rng.integers(len(pairs))], stacked=bool(rng.integers(2)))
+            scene, rng = _scene(split, index)
             for place, digit in zip(halves(images[row : row + 1], scene.stacked), scene[:2], strict=True):
                 place[0] = by_digit[digit][rng.integers(len(by_digit[digit]))]
             captions[row] = describe(scene, rng)

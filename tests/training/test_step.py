@@ -208,7 +208,7 @@ def test_the_class_is_withheld_at_the_rate_asked_for(rate):
     batch = {"image": np.zeros((size, *SHAPE), np.uint8), "label": np.zeros(size, np.int32)}
     key = jax.random.key(0)
     losses_of = jax.jit(
-        lambda dropout_key: example_losses(diffuser, {}, batch, jnp.arange(size), size, key, dropout_key)
+        lambda dropout_key: example_losses(diffuser, {"network": {}}, batch, jnp.arange(size), size, key, dropout_key)
     )
     losses = losses_of(jax.random.key(1))
     withheld = np.asarray(losses) > 4.0  # about 1 for label 0, about 10 for the null label 3, both +- 2
