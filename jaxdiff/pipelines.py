@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from jaxdiff import models
 from jaxdiff.config import Config, Sampling, SimpleUNet, Text
@@ -23,9 +25,9 @@ from jaxdiff.guidance import (
 )
 from jaxdiff.images import to_uint8
 from jaxdiff.models import Condition
-from jaxdiff.preconditioning import Network, make_denoiser
+from jaxdiff.preconditioning import Network, make_denoiser, precondition
 from jaxdiff.sampling import example_keys, initial_noise, noised, sample
-from jaxdiff.schedules import Process, make_process
+from jaxdiff.schedules import Process, expand, make_process, node_at
 from jaxdiff.solvers import SolverTable, make_grid, make_table, tail
 from jaxdiff.text import ByteTokenizer, ClipTokenizer, Tokenizer, Tokens
 
@@ -150,6 +152,31 @@ def conditional_denoiser(diffuser: Diffuser, params: dict[str, Any]) -> Conditio
     diffusion = diffuser.config.diffusion
     network = make_network(diffuser, params)
     return make_denoiser(network, diffuser.process, diffusion.prediction, diffusion.sigma_data)
+
+
+def attention_maps(
+    diffuser: Diffuser, params: dict[str, Any], x: jax.Array, t: jax.Array, prompt: Prompt
+) -> Float[jax.Array, "B L H W"]:
+    """Where in x_t [B, H, W, C], at times t [B], the network looks for each token of prompts.
+
+    The mean over its layers and heads, each enlarged to the image; over the L tokens they sum to 1 at every pixel.
+    Raises JaxdiffError for a model that reads no prompts.
+    """
+    if diffuser.text is None:
+        raise JaxdiffError("This model was trained without captions, and attends to none.")
+    node = node_at(diffuser.process, t)
+    p = precondition(diffuser.config.diffusion.prediction, node.alpha, node.sigma, diffuser.config.diffusion.sigma_data)
+    variables = {"params": params["network"]}
+    cond = condition_on(diffuser, params, prompt)
+    c_noise = diffuser.process.c_noise(t)
+    _, seen = diffuser.model.apply(variables, expand(p.c_in, x.ndim) * x, c_noise, cond, mutable="attention")
+    height, width = x.shape[1:3]
+    maps = []
+    for weights in jax.tree.leaves(seen):
+        rows = round((weights.shape[2] * height / width) ** 0.5)
+        small = rearrange(weights.mean(1), "b (h w) l -> b l h w", h=rows)
+        maps.append(jnp.repeat(jnp.repeat(small, height // rows, 2), height // rows, 3))
+    return sum(maps) / len(maps)
 
 
 class Drawn(NamedTuple):

@@ -18,18 +18,33 @@ def attend(
     heads: int,
     mask: Bool[Array, "B L"] | Bool[Array, "B N L"] | None = None,
 ) -> Float[Array, "B N D"]:
-    """Scaled dot-product attention over `heads` equal parts of D (Vaswani et al. 2017), softmax in float32.
+    """Scaled dot-product attention over `heads` equal parts of D (Vaswani et al. 2017).
 
     mask: True where a key may be looked at, by all queries or by each; one that may look at none looks at all evenly.
     Batch and heads are merged into one axis: on CPU half the time of jax.nn.dot_product_attention.
     """
-    q, k, v = (rearrange(y, "b n (h d) -> (b h) n d", h=heads) for y in (q, k, v))
+    return look_up(attention_weights(q, k, heads, mask), v, heads)
+
+
+def attention_weights(
+    q: Float[Array, "B N D"],
+    k: Float[Array, "B L D"],
+    heads: int,
+    mask: Bool[Array, "B L"] | Bool[Array, "B N L"] | None = None,
+) -> Float[Array, "BH N L"]:
+    """How much each query looks at each key, of each head: float32, of sum 1 over the keys."""
+    q, k = (rearrange(y, "b n (h d) -> (b h) n d", h=heads) for y in (q, k))
     logits = jnp.einsum("bnd,bld->bnl", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         mask = mask[:, None, :] if mask.ndim == 2 else mask
         logits = jnp.where(jnp.repeat(mask, heads, axis=0), logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return rearrange(jnp.einsum("bnl,bld->bnd", weights, v), "(b h) n d -> b n (h d)", h=heads)
+    return jax.nn.softmax(logits)
+
+
+def look_up(weights: Float[Array, "BH N L"], v: Float[Array, "B L D"], heads: int) -> Float[Array, "B N D"]:
+    """The mean of values under the weights of `attention_weights`."""
+    v = rearrange(v, "b n (h d) -> (b h) n d", h=heads)
+    return rearrange(jnp.einsum("bnl,bld->bnd", weights.astype(v.dtype), v), "(b h) n d -> b n (h d)", h=heads)
 
 
 def resolve_heads(channels: int, num_heads: int | None, dim_head: int) -> int:
@@ -54,11 +69,18 @@ class CrossAttention(nn.Module):
         context: Float[Array, "B L C"] | None = None,
         mask: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B N D"]:
-        """Attend; mask [B, L] is True where the context may be looked at."""
-        context = x if context is None else context
+        """Attend; mask [B, L] is True where the context may be looked at.
+
+        To a context, the weights [B, heads, N, L] go into the collection "attention", where that is mutable.
+        """
+        to_itself = context is None
+        context = x if to_itself else context
         inner = self.heads * self.dim_head
         project = lambda name: nn.Dense(inner, use_bias=False, dtype=self.dtype, name=name)  # noqa: E731
-        attended = attend(project("to_q")(x), project("to_k")(context), project("to_v")(context), self.heads, mask)
+        weights = attention_weights(project("to_q")(x), project("to_k")(context), self.heads, mask)
+        attended = look_up(weights, project("to_v")(context), self.heads)
+        if not to_itself:
+            self.sow("attention", "weights", rearrange(weights, "(b h) n l -> b h n l", h=self.heads))
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(attended)
 
 

@@ -19,6 +19,7 @@ from jaxdiff.images import to_uint8
 from jaxdiff.models import Condition
 from jaxdiff.pipelines import (
     Request,
+    attention_maps,
     check_sampling,
     condition_on,
     conditional_denoiser,
@@ -87,6 +88,18 @@ def test_images_in_one_call_are_those_of_the_parts_one_by_one(params):
     table = check_sampling(DIFFUSER, sampling)
     by_parts = to_uint8(follow(clip_x0(denoise), table, initial_noise(table, keys, (16, 16, 1)), keys))
     assert np.abs(drawn.astype(int) - np.asarray(by_parts)).max() <= 1
+
+
+def test_attention_maps_say_where_each_token_is_looked_for(params):
+    x, t = jax.random.normal(jax.random.key(0), (3, 16, 16, 1)), jnp.float32([100, 500, 900])
+    maps = attention_maps(DIFFUSER, params, x, t, PROMPTS)
+    assert maps.shape == (3, 48, 16, 16)
+    np.testing.assert_allclose(maps.sum(1), 1, rtol=1e-4)
+    assert np.abs(maps[~np.asarray(PROMPTS.mask)]).max() == 0  # padding
+    assert np.ptp(maps[0, :25], axis=(1, 2)).max() > 1e-4  # not everywhere alike
+    np.testing.assert_array_equal(maps[:, :, 0, 0], maps[:, :, 3, 3])  # a map has a place for each 4x4 pixels
+    with pytest.raises(JaxdiffError, match="without captions"):
+        attention_maps(DIFFUSER._replace(text=None), params, x, t, PROMPTS)
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(params):
