@@ -86,6 +86,8 @@ def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     workdir = _peek(args, "--workdir", SampleOptions.workdir)
     helping = {"--help", "-h", "--list"} & set(args)
     sampling = Sampling() if helping else read_run(workdir).config.sampling
+    if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
+        sampling = replace(sampling, eta=None, order=None, s_churn=None)
     options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
     if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):
         raise JaxdiffError(f"--out must end in .png, .jpg, .webp or .npz, and {options.out} does not.")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 import train
-from jaxdiff.cli import SampleOptions, choose_labels, make_request, read_image
+from jaxdiff.cli import SampleOptions, choose_labels, make_request, parse_sample_options, read_image
 from jaxdiff.config import Config
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.pipelines import Diffuser
@@ -207,6 +207,18 @@ def test_solvers_and_grids_are_told_without_a_run(tmp_path, capfd):
     abouts = {name: solver.about for name, solver in SOLVERS.items()} | describe_grids()
     assert told == [[name, about] for name, about in abouts.items()]
     assert not list(tmp_path.iterdir())
+
+
+def test_another_solver_does_not_inherit_the_options_of_the_run_s(tiny_copy):
+    path = tiny_copy / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["sampling"] |= {"solver": "ddim", "eta": 0.5, "num_steps": 7}
+    path.write_text(json.dumps(content))
+    parse = lambda *args: parse_sample_options(["--workdir", str(tiny_copy), *args], "").sampling  # noqa: E731
+    assert (parse().eta, parse("--num-steps", "3").eta) == (0.5, 0.5)
+    unipc = parse("--solver", "unipc", "--order", "3")
+    assert (unipc.solver, unipc.eta, unipc.order, unipc.num_steps) == ("unipc", None, 3, 7)
+    assert parse("--solver=ddim").eta == 0.5
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
