@@ -117,13 +117,15 @@ def in_memory(dataset: ImageDataset, max_bytes: int = 2 << 30, block: int = 256)
         return dataset
     if dataset.size > 5000:  # some seconds, in which nothing else would be seen
         logger.info("decoding %d images into %.1f MB of memory", dataset.size, n_bytes / 1e6)
-    images = np.empty((dataset.size, *dataset.image_shape), np.uint8)
-    labels = np.empty(dataset.size, np.int32)
+    held = {
+        "image": np.empty((dataset.size, *dataset.image_shape), np.uint8),
+        "label": np.empty(dataset.size, np.int32),
+    } | ({"caption": np.empty(dataset.size, object)} if dataset.captions else {})
 
     def decode(start: int) -> None:
         rows = np.arange(start, min(start + block, dataset.size))
-        examples = dataset.read(rows)
-        images[rows], labels[rows] = examples["image"], examples["label"]
+        for key, examples in dataset.read(rows).items():
+            held[key][rows] = examples
 
     # Below a millisecond an image, decoding is mostly Python, and threads that queue for its lock only lose time.
     began = time.perf_counter()
@@ -132,4 +134,4 @@ def in_memory(dataset: ImageDataset, max_bytes: int = 2 << 30, block: int = 256)
     with ThreadPoolExecutor(None if is_slow else 1) as pool:
         for _ in pool.map(decode, range(block, dataset.size, block)):
             pass  # asking for each result is what raises the failure of its block
-    return dataset._replace(read=lambda indices: {"image": images[indices], "label": labels[indices]})
+    return dataset._replace(read=lambda indices: {key: examples[indices] for key, examples in held.items()})

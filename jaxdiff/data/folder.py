@@ -1,5 +1,6 @@
 """A folder of the user's own images as a data set: sub-folders are splits and classes."""
 
+import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +31,15 @@ def open_folder(
     order of their names over both splits: one that is empty, or missing from a split, keeps its number, and the log
     warns of it. Images that are in no sub-folder have no classes. Names that start with a dot are passed over.
 
+    Captions are read from `captions.jsonl` in `data_dir`, a line {"file_name": "train/a.png", "caption": "..."} for
+    each image of the split, or from a text file beside each, a.txt for a.png; UTF-8.
+
     Without an `image_size` all images must be of one size. Without `channels` there are 3, or 1 if all images are grey.
 
     Raises:
         JaxdiffError: the folder or the split is missing or holds no images, some images lie beside sub-folders, sizes
-            differ, or an image cannot be read: here if its header is broken, when it is read if its pixels are.
+            differ, some images have a caption and others none, a caption cannot be read, or an image cannot be: here if
+            its header is broken, when it is read if its pixels are.
     """
     if data_dir is None:
         raise JaxdiffError('the data set "folder" needs data_dir, the folder that holds your images')
@@ -58,7 +63,54 @@ def open_folder(
     def pictures(indices: np.ndarray) -> Iterator[tuple[Image.Image, int]]:
         return ((open_image(files[i]), labels[i]) for i in indices)
 
-    return from_pictures(pictures, len(files), (height, width, channels), class_names, image_size, channels)
+    dataset = from_pictures(pictures, len(files), (height, width, channels), class_names, image_size, channels)
+    captions = _read_captions(root, files)
+    if captions is None:
+        return dataset
+    read = lambda indices: dataset.read(indices) | {"caption": captions[indices]}  # noqa: E731
+    return dataset._replace(read=read, captions=True)
+
+
+def _read_captions(root: Path, files: list[Path]) -> np.ndarray | None:
+    """The caption of each image [N], from captions.jsonl or from a .txt beside each; None where there is neither."""
+    listed = root / "captions.jsonl"
+    beside = [file.with_suffix(".txt") for file in files]
+    if listed.is_file():
+        entries = {}
+        for number, line in enumerate(_read_text(listed).splitlines(), 1):
+            if line.strip():
+                name, caption = _caption_of(line, f"line {number} of {listed}")
+                entries[(root / name).resolve()] = caption
+        captions = [entries.get(file.resolve()) for file in files]
+        where = f"in {listed}"
+    elif any(path.is_file() for path in beside):
+        captions = [_read_text(path).strip() if path.is_file() else None for path in beside]
+        where = "in a .txt beside it, as others have"
+    else:
+        return None
+    if None in captions:
+        raise JaxdiffError(
+            f"the image {files[captions.index(None)]} has no caption {where}: give it one, or take it out"
+        )
+    return np.array(captions, object)
+
+
+def _caption_of(line: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        name, caption = entry["file_name"], entry["caption"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JaxdiffError(f'{where} is not of the form {{"file_name": "a.png", "caption": "a cat"}}') from error
+    if not isinstance(name, str) or not isinstance(caption, str):
+        raise JaxdiffError(f"{where} has a file_name or a caption that is no text")
+    return name, caption
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise JaxdiffError(f"the captions in {path} are not UTF-8 ({error}): save the file as UTF-8") from error
 
 
 def _list_images(root: Path, split: str) -> tuple[list[Path], list[int], tuple[str, ...]]:

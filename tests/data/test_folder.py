@@ -1,11 +1,13 @@
 """Folders of images: classes, splits and what is wrong with them."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.data import open_dataset
 from jaxdiff.data.folder import open_folder
 from jaxdiff.errors import JaxdiffError
 
@@ -127,3 +129,46 @@ def test_a_broken_image_is_named(tmp_path):
         dataset.read(np.array([0, 1]))
     with pytest.raises(JaxdiffError, match=r"the image .*b\.png cannot be read"):
         open_folder(str(tmp_path))
+
+
+def captions_of(folder, split="train"):
+    dataset = open_dataset("folder", split, data_dir=str(folder))
+    assert dataset.captions
+    return dataset.read(np.arange(dataset.size)[::-1])["caption"].tolist()[::-1]
+
+
+def test_captions_from_a_file_or_from_beside_each_image(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path / "one" / f"{name}.png")
+        (tmp_path / "one" / f"{name}.txt").write_text(f" an {name} \u00e9\n", encoding="utf-8")
+        for split in ("train", "test"):
+            put(tmp_path / "two" / split / f"{name}.png")
+    assert captions_of(tmp_path / "one") == ["an a \u00e9", "an b \u00e9"]
+    lines = [{"file_name": f"{s}/{n}.png", "caption": f"{n} of {s}"} for n in "ba" for s in ("train", "test")]
+    (tmp_path / "two" / "captions.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    assert captions_of(tmp_path / "two") == ["a of train", "b of train"]
+    assert captions_of(tmp_path / "two", "test") == ["a of test", "b of test"]
+    (tmp_path / "one" / "notes.txt").write_text("beside no image")
+    assert not open_folder(str(put(tmp_path / "three" / "a.png").parent)).captions
+
+
+def test_captions_that_can_not_be_read_are_told(tmp_path):
+    put(tmp_path / "a.png")
+    put(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("an a")
+    with pytest.raises(JaxdiffError, match=r"b\.png has no caption in a \.txt beside it"):
+        open_folder(str(tmp_path))
+    (tmp_path / "b.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(JaxdiffError, match=r"b\.txt are not UTF-8"):
+        open_folder(str(tmp_path))
+    listed = tmp_path / "captions.jsonl"
+    for text, said in (
+        ('{"file_name": "a.png", "caption": "an a"}', r"b\.png has no caption in .*captions\.jsonl"),
+        ('{"file_name": "a.png"', "line 1 of .* is not of the form"),
+        ('\n{"file_name": "a.png"}', "line 2 of .* is not of the form"),
+        ('["a.png", "an a"]', "is not of the form"),
+        ('{"file_name": "a.png", "caption": 3}', "is no text"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(JaxdiffError, match=said):
+            open_folder(str(tmp_path))
