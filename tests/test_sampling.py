@@ -128,34 +128,6 @@ def test_the_scan_equals_a_loop_over_rows_of_several_images():
     np.testing.assert_allclose(trajectory.x0, x0s, rtol=1e-4, atol=1e-5)
 
 
-def test_one_program_serves_every_table_of_as_many_rows():
-    traced = []
-
-    @jax.jit
-    def draw(table, scale):
-        def denoise(x, node):
-            traced.append(1)
-            return scale * x
-
-        return sample(denoise, table, initial_noise(table, KEYS[:2], (3,)), KEYS[:2])
-
-    linear, flow = make_process("linear"), make_process("flow")
-    tables = [ddpm(make_grid(linear, 6)), ddpm(make_grid(linear, 6), "large"), ddim(make_grid(flow, 6))]
-    tables += [ddim(make_grid(linear, 6, spacing), eta) for spacing in ("leading", "linspace") for eta in (0, 0.3, 1)]
-    results = [draw(table, scale) for table, scale in zip(tables, jnp.linspace(0, 1, len(tables)), strict=True)]
-    assert len(traced) == 1
-    assert len({float(r.sum()) for r in results}) == len(tables)
-
-
-def test_vmap_over_tables_equals_one_by_one():
-    tables = [ddim(make_grid(make_process("linear"), 5), eta) for eta in (0.0, 0.4, 1.0)]
-    x = initial_noise(tables[0], KEYS[:3], (2,))
-    stacked = jax.tree.map(lambda *fields: np.stack(fields), *tables)
-    together = jax.vmap(lambda table: sample(gaussian_denoiser, table, x, KEYS[:3]))(stacked)
-    for table, drawn in zip(tables, together, strict=True):
-        np.testing.assert_allclose(sample(gaussian_denoiser, table, x, KEYS[:3]), drawn, rtol=1e-4, atol=1e-5)
-
-
 def test_an_example_s_noise_is_its_own():
     table = ddpm(make_grid(make_process("linear"), 8))
     draw = lambda keys: sample(gaussian_denoiser, table, initial_noise(table, keys, (2,)), keys)  # noqa: E731
@@ -236,15 +208,3 @@ def test_slerp_s_gradient_is_finite_and_along_the_line_where_noises_are_parallel
     of_a, of_b = jax.grad(lambda a, b: slerp(a, b, 0.3).sum(), (0, 1))(PARALLEL, factor * PARALLEL)
     np.testing.assert_allclose(of_a, 0.7, rtol=1e-5)
     np.testing.assert_allclose(of_b, 0.3, rtol=1e-5)
-
-
-def test_a_table_can_be_learned():
-    table = ddim(make_grid(make_process("linear"), 4))
-    table = jax.tree.map(jnp.float32, table)
-    x = initial_noise(table, KEYS[:4], (2,))
-    loss = lambda v: (sample(gaussian_denoiser, table._replace(v=v), x, KEYS[:4]) ** 2).sum()  # noqa: E731
-    gradient = jax.grad(loss)(table.v)
-    for i in range(4):
-        step = jnp.zeros_like(table.v).at[i, 0].set(1e-2)
-        difference = (loss(table.v + step) - loss(table.v - step)) / 2e-2
-        np.testing.assert_allclose(gradient[i, 0], difference, rtol=2e-2, atol=1e-2)
