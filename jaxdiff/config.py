@@ -29,9 +29,9 @@ GridName = Literal[
 
 
 class _Strict:
-    """Has pydantic refuse names that a section does not have."""
+    """Has pydantic refuse names that a section does not have, and numbers that are none."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,11 @@ def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0
             f"guidance_scale {sampling.guidance_scale} needs a model that was trained with classes or captions and "
             "condition_dropout above 0, and this one was not: only guidance_scale 1 is possible."
         )
+    if sampling.guidance_scale == 1 and (sampling.guidance_interval or sampling.guidance_rescale):
+        raise JaxdiffError("guidance_interval and guidance_rescale need guidance: a guidance_scale other than 1.")
+    if sampling.guidance_interval and not sampling.guidance_interval[0] < sampling.guidance_interval[1]:
+        low, high = sampling.guidance_interval
+        raise JaxdiffError(f"guidance_interval goes from a noise level up to a higher one, not from {low} to {high}.")
     placing = {"final": sampling.final, "shift": sampling.shift, "frame": sampling.frame}
     grid = make_grid(diffuser.process, sampling.num_steps, sampling.grid, **placing)
     options = {name: getattr(sampling, name) for name in ("eta", "order", "s_churn")}

@@ -116,6 +116,8 @@ def test_a_wrong_option_leaves_with_what_is_allowed(args, said, capsys):
         (Config(sampling=Sampling(shift=0.0)), "sampling.shift should be greater than 0, not 0.0."),
         (Config(sampling=Sampling(order=5)), "sampling.order should be less than or equal to 4, not 5."),
         (Config(sampling=Sampling(guidance_interval=(1.0,))), "sampling.guidance_interval.1"),
+        (Config(sampling=Sampling(guidance_scale=float("inf"))), "sampling.guidance_scale"),
+        (Config(optimizer=c.Optimizer(learning_rate=float("nan"))), "optimizer.learning_rate"),
         (Config(diffusion=Diffusion(zero_terminal_snr=True)), "choose v, x0, flow or edm."),
         (Config(diffusion=Diffusion(zero_terminal_snr=True, schedule="vp", prediction="v")), "choose linear, cosine"),
     ],

@@ -328,3 +328,16 @@ def test_a_network_takes_classes_where_there_are_some_and_they_are_wanted():
 def test_a_network_that_does_not_fit_is_told_before_it_is_compiled(change):
     with pytest.raises(JaxdiffError):
         make_diffuser(Config(model=UNet(**{**vars(TINY), **change})), SHAPE, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"guidance_interval": (0.3, 5.0)}, "need guidance"),
+        ({"guidance_rescale": 0.5}, "need guidance"),
+        ({"guidance_scale": 2.0, "guidance_interval": (5.0, 0.3)}, "not from 5.0 to 0.3"),
+    ],
+)
+def test_guidance_options_that_would_do_nothing_are_told(options, said):
+    with pytest.raises(JaxdiffError, match=said):
+        check_sampling(make(), Sampling(**options))
