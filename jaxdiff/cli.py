@@ -21,7 +21,6 @@ from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
 from jaxdiff.pipelines import Diffuser, Prompt, Request
 from jaxdiff.solvers import SOLVERS, describe_grids
-from jaxdiff.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
         sampling = replace(sampling, eta=None, order=None, s_churn=None)
     options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
+    options = replace(options, prompt=read_prompts(options), prompts_file=None)
     if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):
         raise JaxdiffError(f"--out must end in .png, .jpg, .webp or .npz, and {options.out} does not.")
     if options.animation and Path(options.animation).suffix not in (".gif", ".webp"):
@@ -122,8 +122,8 @@ def make_request(diffuser: Diffuser, options: SampleOptions) -> Request:
     num, shape = options.num, diffuser.image_shape
     for_each = lambda array: np.broadcast_to(array, (num, *array.shape))  # noqa: E731
     return Request(
-        choose_prompts(diffuser, options.labels, read_prompts(options), num),
-        negative=choose_negative(diffuser, options.negative, num) if options.negative else None,
+        choose_prompts(diffuser, options.labels, options.prompt, num),
+        negative=as_prompt(diffuser, options.negative, num) if options.negative else None,
         image=for_each(read_image(options.image, shape)) if options.image else None,
         mask=for_each(read_image(options.mask, (*shape[:2], 1)) > 0) if options.mask else None,
     )
@@ -149,30 +149,27 @@ def choose_prompts(diffuser: Diffuser, labels: tuple[str, ...], prompts: tuple[s
     if diffuser.text is None:
         if prompts:
             raise JaxdiffError("This model was trained without captions: leave --prompt out, and choose --labels.")
-        return choose_labels(diffuser, labels, num)
-    if labels:
+    elif labels:
         raise JaxdiffError("This model was trained on captions: leave --labels out, and say what to draw by --prompt.")
-    return encode_prompts(diffuser, prompts or ("",), num)
+    return as_prompt(diffuser, labels if diffuser.text is None else prompts or ("",), num)
 
 
-def choose_negative(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> Prompt:
-    """What to lead away from, as `choose_prompts` has it."""
+def as_prompt(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> Prompt:
+    """Classes, or texts as tokens [num, L] with an equal share each in turn, as the model takes them.
+
+    Raises JaxdiffError for a class that the model does not know, and for a text that is too long.
+    """
     if diffuser.text is None:
         return choose_labels(diffuser, wanted, num)
-    return encode_prompts(diffuser, wanted, num)
-
-
-def encode_prompts(diffuser: Diffuser, prompts: tuple[str, ...], num: int) -> Tokens:
-    """Texts as tokens [num, L], an equal share each in turn; JaxdiffError for one that is too long."""
-    share = -(-num // len(prompts))
-    tokens = diffuser.text.tokenizer.encode(prompts)
+    share = -(-num // len(wanted))
+    tokens = diffuser.text.tokenizer.encode(wanted)
     return jax.tree.map(lambda rows: np.repeat(rows, share, axis=0)[:num], tokens)
 
 
 def default_columns(diffuser: Diffuser, options: SampleOptions) -> int | None:
     """Of a picture: a column a class, or a row a text; None, a square, where there is neither."""
-    if diffuser.text and (prompts := read_prompts(options)):
-        return -(-options.num // len(prompts))
+    if diffuser.text and options.prompt:
+        return -(-options.num // len(options.prompt))
     return len(options.labels) or len(diffuser.class_names) or None
 
 

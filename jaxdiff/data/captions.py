@@ -30,6 +30,7 @@ TEMPLATES = (
     "an article of clothing: {}",
 )
 _ANY_CLASS = 7  # the last template suits clothes alone
+NUM_VARIANTS = len(TEMPLATES) * 3
 
 
 def with_article(name: str) -> str:
@@ -39,7 +40,7 @@ def with_article(name: str) -> str:
 
 
 def describe(class_name: str, variant: int) -> str:
-    """The caption of a class in one of `num_variants` ways: every template with every synonym in turn."""
+    """The caption of a class in one of `NUM_VARIANTS` ways: every template with every synonym in turn."""
     names = SYNONYMS.get(class_name) or (with_article(class_name),)
     templates = TEMPLATES if class_name in SYNONYMS else TEMPLATES[:_ANY_CLASS]
     return templates[variant % len(templates)].format(names[variant // len(templates) % len(names)])
@@ -67,9 +68,6 @@ def tokenized(dataset: ImageDataset, tokenizer: Tokenizer) -> ImageDataset:
         return batch | {"tokens": tokens, "mask": mask}
 
     return dataset._replace(read=read, captions=False)
-
-
-NUM_VARIANTS = len(TEMPLATES) * 3
 
 
 def captioned(dataset: ImageDataset) -> ImageDataset:

@@ -9,10 +9,10 @@ from jaxdiff.data.digits import open_digits
 from jaxdiff.errors import JaxdiffError
 
 SIDE = 16
-HELD_OUT = frozenset((first, second) for first in range(10) for second in range(10) if (3 * first + second) % 5 == 0)
+_ALL = [(first, second) for first in range(10) for second in range(10)]
+HELD_OUT = frozenset((first, second) for first, second in _ALL if (3 * first + second) % 5 == 0)
 """Ordered pairs, a fifth of all, which the split "train" never shows: every digit is in both places of others."""
 
-_ALL = [(first, second) for first in range(10) for second in range(10)]
 _PAIRS = {"train": [pair for pair in _ALL if pair not in HELD_OUT], "test": [pair for pair in _ALL if pair in HELD_OUT]}
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZE = 1 << 20  # of the split "train"; drawn from the index, so that it costs nothing

@@ -1,5 +1,6 @@
 """Second-order steps below the next noise level, and back by fresh noise (k-diffusion's ancestral forms)."""
 
+import math
 from collections.abc import Callable
 
 from jaxdiff.errors import JaxdiffError
@@ -36,27 +37,35 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5) -> SolverTable:
 
     r in (0, 1]: where between the lambdas of two nodes the stage is. Raises JaxdiffError for values outside the ranges.
     """
-    check_eta(eta, grid)
     if not 0 < r <= 1:
         raise JaxdiffError(f"r must lie in (0, 1], and {r} does not.")
-    grid.must_start_finite("noise")
-    tape = Tape()
-    x = tape.start
-    for i in range(grid.num_steps):
-        s, t = grid[i], grid[i + 1]
-        D = tape.denoise(x, s)
-        if t.sigma == 0:
-            x = straight(x, D, s, t)
-            continue
+
+    def step(tape, x, D, s, t):
         mid = grid.at(s.lam + r * (t.lam - s.lam))
         x_mid = renoised(x, D, s, mid, eta, tape.noise())
         D_mid = tape.denoise(x_mid, mid)
-        x = renoised(x, (1 - 0.5 / r) * D + 0.5 / r * D_mid, s, t, eta, tape.noise())
-    return tape.table(x)
+        return renoised(x, (1 - 0.5 / r) * D + 0.5 / r * D_mid, s, t, eta, tape.noise())
+
+    return _in_two_rows(grid, eta, step)
 
 
-def _ancestral(grid: Grid, eta: float, to_lower: Callable[[Image, Point, Image, Point, Image, float], Image]):
-    """Two rows a step: a stage halfway in lambda to the lower level, and the step to it; the last one is Euler's."""
+def _ancestral(
+    grid: Grid, eta: float, to_lower: Callable[[Image, Point, Image, Point, Image, float], Image]
+) -> SolverTable:
+    """A stage halfway in lambda to the lower level, the step to it, and noise."""
+
+    def step(tape, x, D, s, t):
+        down, up = ancestral_split(s, t, eta)
+        mid = grid.at((s.lam - math.log(down)) / 2)
+        x_mid = straight(x, D, s, mid)
+        D_mid = tape.denoise(x_mid, mid)
+        return t.alpha * (to_lower(x, s, x_mid, mid, D_mid, down) + up * tape.noise())
+
+    return _in_two_rows(grid, eta, step)
+
+
+def _in_two_rows(grid: Grid, eta: float, step: Callable[[Tape, Image, Image, Point, Point], Image]) -> SolverTable:
+    """Two rows a step, `step` being given the prediction of the first; the last one, to clean data, is Euler's."""
     check_eta(eta, grid)
     grid.must_start_finite("noise")
     tape = Tape()
@@ -64,12 +73,5 @@ def _ancestral(grid: Grid, eta: float, to_lower: Callable[[Image, Point, Image, 
     for i in range(grid.num_steps):
         s, t = grid[i], grid[i + 1]
         D = tape.denoise(x, s)
-        if t.sigma == 0:
-            x = straight(x, D, s, t)
-            continue
-        down, up = ancestral_split(s, t, eta)
-        mid = grid.at((s.lam + Point(t.t, 1.0, down, 1.0).lam) / 2)
-        x_mid = straight(x, D, s, mid)
-        D_mid = tape.denoise(x_mid, mid)
-        x = t.alpha * (to_lower(x, s, x_mid, mid, D_mid, down) + up * tape.noise())
+        x = straight(x, D, s, t) if t.sigma == 0 else step(tape, x, D, s, t)
     return tape.table(x)
