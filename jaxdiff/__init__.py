@@ -63,6 +63,7 @@ from jaxdiff.solvers import (
     stack_tables,
     tail,
 )
+from jaxdiff.text_to_image import TextToImage
 
 __all__ = [
     "GRIDS",
@@ -77,6 +78,7 @@ __all__ = [
     "SimpleUNet",
     "SolverTable",
     "Tape",
+    "TextToImage",
     "Trajectory",
     "UNet",
     "autoguidance",

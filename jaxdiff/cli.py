@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 from annotated_types import Interval
 
-from jaxdiff.checkpoints import read_run
-from jaxdiff.config import Config, Count, Positive, Sampling, load_recipe, override, validate
+from jaxdiff.checkpoints import check_kind, read_run
+from jaxdiff.config import AutoencoderConfig, Config, Count, Positive, Sampling, load_recipe, override, validate
 from jaxdiff.data.decoding import open_image, to_array
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
@@ -31,7 +31,7 @@ class TrainOptions:
     """The recipe."""
     workdir: str = ""
     """Where the run is or will be; left empty, runs/<name of the recipe>."""
-    recipe: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    recipe: Annotated[Config | AutoencoderConfig, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     """The options of sample.py; how to sample is what the run's config says unless told otherwise."""
     workdir = _peek(args, "--workdir", SampleOptions.workdir)
     helping = {"--help", "-h", "--list"} & set(args)
-    sampling = Sampling() if helping else read_run(workdir).config.sampling
+    sampling = Sampling()
+    if not helping:
+        check_kind(model := read_run(workdir), Diffuser, workdir)
+        sampling = model.config.sampling
     if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
         sampling = replace(sampling, eta=None, order=None, s_churn=None)
     options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 from annotated_types import Ge, Gt, Interval
@@ -92,6 +92,23 @@ class UNet(_Strict):
     """Embed the class of each image, where the data has classes."""
 
 
+@dataclass(frozen=True)
+class AutoencoderKL(_Strict):
+    """The autoencoder of latent diffusion: see `jaxdiff.models.AutoencoderKL`."""
+
+    latent_channels: Positive = 4
+    channels: tuple[Positive, ...] = (128, 256, 512, 512)
+    """Width of each level; each level halves the size of the one before."""
+    layers_per_block: Positive = 2
+    mid_attention: bool = True
+    patch_size: Positive = 1
+    """This many by this many pixels enter as one: a space-to-depth stem."""
+    num_groups: Positive = 32
+    eps: Annotated[float, Gt(0)] = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters stay float32."""
+
+
 _KINDS = {"simple_unet": SimpleUNet, "unet": UNet}
 
 
@@ -134,6 +151,40 @@ class Text(_Strict):
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     pooled_only: bool = False
     """Give the network one vector for the whole caption and not one a token: an ablation."""
+    run: str | None = None
+    """A run whose text transformer, of the same sizes, is taken over and stays as it is; None trains one."""
+
+
+@dataclass(frozen=True)
+class Latent(_Strict):
+    """Diffuse the latents of an autoencoder, which stays as it is, in the place of pixels."""
+
+    run: str
+    """The autoencoder's run; the new run keeps a copy of what it needs of it."""
+    checkpoint: str = "latest"
+    """latest, best or a step."""
+    cache: bool = True
+    """Encode the training images once, before the first step, and keep that in memory; False encodes in each step."""
+
+
+@dataclass(frozen=True)
+class Reconstruction(_Strict):
+    """What an autoencoder is trained on: see `jaxdiff.training.autoencoder`."""
+
+    error: Literal["l1", "l2"] = "l1"
+    """Of a pixel, averaged over an image."""
+    kl_weight: Rate = 1e-6
+    """Of the divergence of an image's latents from N(0, I), in nats for each number of the image."""
+    perceptual_weight: Rate = 0.0
+    """Of the LPIPS distance, which needs the two files below."""
+    vgg16: str | None = None
+    """torchvision's vgg16-397923af.pth."""
+    lpips: str | None = None
+    """The heads on its features: weights/v0.1/vgg.pth of the package lpips."""
+    adversarial_weight: Rate = 0.0
+    """Of a discriminator of patches, which is trained along."""
+    adversarial_start: Count = 0
+    """The step from which the discriminator is heeded."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +268,12 @@ class Sampling(_Strict):
 
 @dataclass(frozen=True)
 class Config(_Strict):
-    """A whole run: what a recipe in configs/ makes."""
+    """A whole run of a diffusion model: what most recipes in configs/ make."""
 
     data: Data = Data()
     model: Annotated[SimpleUNet | UNet, Field(discriminator="kind")] = UNet()
+    latent: Latent | None = None
+    """None diffuses pixels; a Latent what an autoencoder makes of them."""
     text: Text | None = None
     """None conditions on classes, where the data has any; a Text on captions."""
     diffusion: Diffusion = Diffusion()
@@ -230,7 +283,23 @@ class Config(_Strict):
     sampling: Sampling = Sampling()
 
 
-def load_recipe(path: str | Path) -> Config:
+@dataclass(frozen=True)
+class AutoencoderConfig(_Strict):
+    """A whole run of an autoencoder, for others to diffuse its latents."""
+
+    data: Data = Data()
+    model: AutoencoderKL = AutoencoderKL()
+    reconstruction: Reconstruction = Reconstruction()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    run: Run = Run()
+
+
+CONFIGS = {"diffusion": Config, "autoencoder": AutoencoderConfig}
+"""The kinds of run."""
+
+
+def load_recipe(path: str | Path) -> Config | AutoencoderConfig:
     """The `config` that a recipe defines. Raises JaxdiffError where there is no such file, or what it says is wrong."""
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -243,8 +312,10 @@ def load_recipe(path: str | Path) -> Config:
     except (SyntaxError, NameError, ImportError, AttributeError, TypeError) as error:
         raise JaxdiffError(f"The recipe {path} can not be read: {error}.") from error
     config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise JaxdiffError(f"The recipe {path} does not define `config = Config(...)`.")
+    if not isinstance(config, tuple(CONFIGS.values())):
+        raise JaxdiffError(
+            f"The recipe {path} does not define `config = Config(...)`, or an AutoencoderConfig in its place."
+        )
     return validate(config)
 
 
@@ -270,13 +341,20 @@ def validate(config: T) -> T:
 
 
 def from_dict(section: type[T], values: dict) -> T:
-    """A section, or the whole Config, from nested dicts. Raises JaxdiffError with a sentence for each mistake."""
+    """A section, or a whole config, from nested dicts. Raises JaxdiffError with a sentence for each mistake."""
     try:
         config = TypeAdapter(section).validate_python(values)
     except ValidationError as error:
         raise JaxdiffError(" ".join(_sentence(entry, section) for entry in error.errors())) from error
     if isinstance(config, Config):
-        _check_together(config.diffusion)
+        _check_diffusion(config.diffusion)
+        if config.latent and config.sampling.threshold != "none":
+            raise JaxdiffError(
+                f"sampling.threshold {config.sampling.threshold!r} holds pixels to [-1, 1], and latents have no such "
+                "bounds: choose none."
+            )
+    if isinstance(config, AutoencoderConfig):
+        _check_reconstruction(config.reconstruction)
     return config
 
 
@@ -285,7 +363,16 @@ def to_dict(config: Any) -> dict:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def _check_together(diffusion: Diffusion) -> None:
+def _check_reconstruction(reconstruction: Reconstruction) -> None:
+    if reconstruction.perceptual_weight and not (reconstruction.vgg16 and reconstruction.lpips):
+        raise JaxdiffError(
+            "reconstruction.perceptual_weight needs the weights of LPIPS, as the files reconstruction.vgg16 "
+            "(https://download.pytorch.org/models/vgg16-397923af.pth) and reconstruction.lpips (weights/v0.1/vgg.pth "
+            "of the package lpips)."
+        )
+
+
+def _check_diffusion(diffusion: Diffusion) -> None:
     if diffusion.zero_terminal_snr and diffusion.schedule in ("vp", "edm", "flow"):
         raise JaxdiffError(
             "diffusion.zero_terminal_snr rescales betas, and the schedule "
@@ -313,11 +400,13 @@ def _siblings(path: tuple[str, ...], section: type) -> str:
     """The options that a section has at a path."""
     for name in path:
         types = {field.name: field.type for field in dataclasses.fields(section)}
-        section = _KINDS[path[-1]] if name == "model" else types.get(name, section)
+        wanted = _KINDS.get(name, types.get(name, section))
+        sections = [part for part in (wanted, *get_args(wanted)) if dataclasses.is_dataclass(part)]
+        section = sections[0] if sections else section
     return ", ".join(field.name for field in dataclasses.fields(section))
 
 
-def differences(one: Config, other: Config, *, ignore: tuple[str, ...] = ()) -> list[str]:
+def differences(one: Any, other: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Where two configs differ, as "train.steps: 1000 and 2000"; `ignore` names sections or single options."""
 
     def flat(tree: dict, prefix: str = "") -> dict:

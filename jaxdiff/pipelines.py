@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jaxdiff import models
+from jaxdiff.config import AutoencoderKL as AutoencoderSection
 from jaxdiff.config import Config, Sampling, SimpleUNet, Text
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import (
@@ -24,7 +25,8 @@ from jaxdiff.guidance import (
     inpaint,
 )
 from jaxdiff.images import to_uint8
-from jaxdiff.models import Condition
+from jaxdiff.latents import build, decode, draw_latents, init_autoencoder, latent_shape, posterior, unit_scaling
+from jaxdiff.models import AutoencoderKL, Condition
 from jaxdiff.preconditioning import Network, make_denoiser, precondition
 from jaxdiff.sampling import example_keys, initial_noise, noised, sample
 from jaxdiff.schedules import Process, expand, make_process, node_at
@@ -42,8 +44,9 @@ class TextEncoder(NamedTuple):
 class Diffuser(NamedTuple):
     """A diffusion model without its parameters: the network, the process, and what it draws.
 
-    image_shape: (H, W, C). class_names: what the labels 0, 1, ... stand for; empty where the network takes none.
-    text: what reads prompts; None where the network takes none.
+    image_shape: (H, W, C) of the images. class_names: what the labels 0, 1, ... stand for; empty where the network
+    takes none. text: what reads prompts; None where the network takes none. autoencoder: what makes the latents that
+    are diffused; None where that are the pixels.
     """
 
     config: Config
@@ -52,6 +55,12 @@ class Diffuser(NamedTuple):
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     text: TextEncoder | None = None
+    autoencoder: AutoencoderKL | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what is diffused: that of the images, or of their latents."""
+        return latent_shape(self.autoencoder, self.image_shape) if self.autoencoder else self.image_shape
 
     @property
     def null_label(self) -> int:
@@ -68,13 +77,22 @@ Prompt = jax.Array | Tokens
 """What images are to show, a row each: labels [B] (of no meaning to a model without classes), or texts as tokens."""
 
 
-def make_diffuser(config: Config, image_shape: Sequence[int], class_names: Sequence[str]) -> Diffuser:
+def make_diffuser(
+    config: Config,
+    image_shape: Sequence[int],
+    class_names: Sequence[str],
+    autoencoder: AutoencoderSection | None = None,
+) -> Diffuser:
     """Build what a config describes, for images [H, W, C] of these classes.
 
+    autoencoder: what that of the run `config.latent.run` is built of, for a config that has a `latent`.
     Raises JaxdiffError where the network does not fit the images, before anything is compiled.
     """
     options = {key: value for key, value in vars(config.model).items() if key not in ("kind", "class_conditional")}
-    channels = image_shape[-1]
+    if (config.latent is None) != (autoencoder is None):
+        raise JaxdiffError("A config with a section latent, and no other, needs its autoencoder.")
+    encoder = build(autoencoder, image_shape[-1]) if autoencoder else None
+    channels = autoencoder.latent_channels if autoencoder else image_shape[-1]
     text = make_text_encoder(config.text) if config.text else None
     if isinstance(config.model, SimpleUNet):
         if text:
@@ -89,7 +107,7 @@ def make_diffuser(config: Config, image_shape: Sequence[int], class_names: Seque
         model = models.UNet(out_channels=channels, num_class_embeds=classes, **options)
     diffusion = config.diffusion
     process = make_process(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
-    diffuser = Diffuser(config, model, process, tuple(image_shape), class_names, text)
+    diffuser = Diffuser(config, model, process, tuple(image_shape), class_names, text, encoder)
     jax.eval_shape(lambda: init_params(diffuser, jax.random.key(0)))
     return diffuser
 
@@ -108,13 +126,48 @@ def make_text_encoder(text: Text) -> TextEncoder:
 
 
 def init_params(diffuser: Diffuser, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters: those of the network and, where there is one, of the text encoder."""
+    """Fresh parameters of all parts: "network", and where there are such, "text", "autoencoder" and "latents".
+
+    Those that are taken from another run stand here for their shapes alone: see `frozen_parts`.
+    """
     params = {}
     prompt = null_prompt(diffuser, 1)
     if diffuser.text:
         params["text"] = diffuser.text.model.init(jax.random.fold_in(key, 1), *prompt)["params"]
-    x, cond = jnp.zeros((1, *diffuser.image_shape)), condition_on(diffuser, params, prompt)
+    if diffuser.autoencoder:
+        params |= init_autoencoder(diffuser.autoencoder, diffuser.image_shape, jax.random.fold_in(key, 2))
+        params["latents"] = unit_scaling(diffuser.autoencoder.latent_channels)
+    x, cond = jnp.zeros((1, *diffuser.shape)), condition_on(diffuser, params, prompt)
     return params | {"network": diffuser.model.init(key, x, jnp.zeros(1), cond)["params"]}
+
+
+def frozen_parts(config: Config) -> tuple[str, ...]:
+    """The parts of the parameters that are taken from other runs and not trained."""
+    parts = ["autoencoder", "latents"] if config.latent else []
+    return (*parts, "text") if config.text and config.text.run else tuple(parts)
+
+
+def to_diffused(
+    diffuser: Diffuser, params: dict[str, Any], images: jax.Array, keys: jax.Array | None = None
+) -> jax.Array:
+    """What is diffused of images [B, H, W, C] in [-1, 1]: they themselves, or their latents [B, h, w, D].
+
+    Latents are drawn with a key each, or are the most likely ones where keys is None.
+    """
+    if diffuser.autoencoder is None:
+        return images
+    return draw_latents(params, posterior(diffuser.autoencoder, params, images), keys)
+
+
+def to_images(diffuser: Diffuser, params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The images [B, H, W, C] that samples are or, in latent space, decode to; not clipped to [-1, 1]."""
+    return x if diffuser.autoencoder is None else decode(diffuser.autoencoder, params, x)
+
+
+def mask_of_diffused(diffuser: Diffuser, mask: jax.Array) -> jax.Array:
+    """A mask [B, H, W, 1] of pixels for what is diffused: a latent is kept where all of its pixels are."""
+    ratio = 1 if diffuser.autoencoder is None else diffuser.autoencoder.downsampling
+    return reduce(mask, "b (h i) (w j) c -> b h w c", "min", i=ratio, j=ratio)
 
 
 def null_prompt(diffuser: Diffuser, num: int) -> Prompt:
@@ -159,7 +212,8 @@ def attention_maps(
 ) -> Float[jax.Array, "B L H W"]:
     """Where in x_t [B, H, W, C], at times t [B], the network looks for each token of prompts.
 
-    The mean over its layers and heads, each enlarged to the image; over the L tokens they sum to 1 at every pixel.
+    x_t: images or, of a latent model, latents. The mean over layers and heads, each enlarged to x_t's size; over the L
+    tokens they sum to 1 everywhere.
     Raises JaxdiffError for a model that reads no prompts.
     """
     if diffuser.text is None:
@@ -234,17 +288,16 @@ def make_sampler(diffuser: Diffuser, *, threshold: str = "clip", frames: int = 0
             scale = guidance_interval(guidance.scale, guidance.low, guidance.high)
             denoise = classifier_free_guidance(denoise, cond, null, scale, guidance.rescale)
         denoise = THRESHOLDS[threshold](denoise)
+        image = None if request.image is None else to_diffused(diffuser, params, request.image)
         if request.mask is not None:
-            denoise = inpaint(denoise, request.image, request.mask)
-        if request.image is None:
-            x = initial_noise(table, keys, diffuser.image_shape)
-        else:
-            x = noised(table, request.image, keys)
+            denoise = inpaint(denoise, image, mask_of_diffused(diffuser, request.mask))
+        x = initial_noise(table, keys, diffuser.shape) if image is None else noised(table, image, keys)
+        pictures = lambda x: to_uint8(to_images(diffuser, params, x))  # noqa: E731
         if not frames:
-            return Drawn(to_uint8(sample(denoise, table, x, keys)), None)
+            return Drawn(pictures(sample(denoise, table, x, keys)), None)
         x, passed = sample(denoise, table, x, keys, trajectory=True)
         rows = np.unique(np.linspace(0, len(passed.x0) - 1, frames).round().astype(int))
-        return Drawn(to_uint8(x), to_uint8(passed.x0[rows]))
+        return Drawn(pictures(x), jax.lax.map(pictures, passed.x0[rows]))
 
     return draw
 
@@ -265,6 +318,10 @@ def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0
         raise JaxdiffError(
             f"guidance_scale {sampling.guidance_scale} needs a model that was trained with classes or captions and "
             "condition_dropout above 0, and this one was not: only guidance_scale 1 is possible."
+        )
+    if diffuser.autoencoder and sampling.threshold != "none":
+        raise JaxdiffError(
+            f"threshold {sampling.threshold!r} holds pixels to [-1, 1], and this model draws latents: choose none."
         )
     if sampling.guidance_scale == 1 and (sampling.guidance_interval or sampling.guidance_rescale):
         raise JaxdiffError("guidance_interval and guidance_rescale need guidance: a guidance_scale other than 1.")

@@ -19,7 +19,7 @@ CONFIG = Config(model=UNet(channels=(8,), num_groups=4, layers_per_block=1, atte
 def save_all(workdir, losses, keep=10):
     checkpoints = ckpt.open_checkpoints(workdir, keep)
     for step, loss in losses.items():
-        ckpt.save(checkpoints, step, STATE, EMA, loss)
+        ckpt.save(checkpoints, step, {"state": STATE, "ema_params": EMA}, loss)
     checkpoints.close()
 
 
@@ -107,7 +107,7 @@ def test_damage_to_any_file_is_told_or_harmless(harm, three):
 def test_an_array_that_reads_but_is_another_is_told(three):
     """A file exchanged for an intact one of other content, which no format notices."""
     checkpoints = ckpt.open_checkpoints(three / "other")
-    ckpt.save(checkpoints, 10, STATE, {"w": EMA["w"] + 1}, 0.1)
+    ckpt.save(checkpoints, 10, {"state": STATE, "ema_params": {"w": EMA["w"] + 1}}, 0.1)
     checkpoints.close()
     whole = three / "checkpoints" / "10"
     shutil.rmtree(whole / "ema_params")
@@ -173,10 +173,11 @@ def test_the_checksum_sees_every_byte_and_every_name():
 
 
 def test_a_config_is_written_once_and_held_to(tmp_path):
-    first = ckpt.open_run(CONFIG, (8, 8, 1), ("a", "b"), tmp_path)
+    first, taken_over = ckpt.open_run(CONFIG, (8, 8, 1), ("a", "b"), tmp_path)
     again = ckpt.read_run(tmp_path)
     assert (again.config, again.image_shape, again.class_names) == (CONFIG, (8, 8, 1), ("a", "b"))
     assert first.model == again.model
+    assert taken_over == {}
     longer = Config(model=CONFIG.model, train=Train(steps=77))
     ckpt.open_run(longer, (8, 8, 1), ("a", "b"), tmp_path)  # may differ, and is what the run now is
     assert ckpt.read_run(tmp_path).config.train.steps == 77
@@ -190,7 +191,10 @@ def test_a_config_is_written_once_and_held_to(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", "{}", '{"config": {}}', '{"config": 1, "image_shape": [8, 8, 1], "class_names": []}'],
+    [
+        *("", "{", "[]", "null", "{}", '{"config": {}}', '{"kind": "painting", "config": {}}'),
+        '{"kind": "diffusion", "config": 1, "image_shape": [8, 8, 1], "class_names": [], "autoencoder": null}',
+    ],
 )
 def test_a_damaged_config_is_told(content, tmp_path):
     (tmp_path / "config.json").write_text(content)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from jaxdiff.data.decoding import to_array
 from jaxdiff.errors import JaxdiffError
@@ -135,3 +136,23 @@ def in_memory(dataset: ImageDataset, max_bytes: int = 2 << 30, block: int = 256)
         for _ in pool.map(decode, range(block, dataset.size, block)):
             pass  # asking for each result is what raises the failure of its block
     return dataset._replace(read=lambda indices: {key: examples[indices] for key, examples in held.items()})
+
+
+def precomputed(
+    dataset: ImageDataset,
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    block: int = 256,
+    what: str = "preparing",
+) -> ImageDataset:
+    """Apply a function to all examples once, here, in batches of `block`; then answer from memory.
+
+    The function sees batches of one size alone, the last filled up with examples from the start: compiled, it is
+    compiled once. It treats each example by itself.
+    """
+    rows = np.arange(-(-dataset.size // block) * block) % dataset.size
+    parts = []
+    for begin in tqdm(range(0, len(rows), block), desc=what, unit="batch", disable=None):
+        parts.append(function(dataset.read(rows[begin : begin + block])))
+    held = {name: np.concatenate([part[name] for part in parts])[: dataset.size] for name in parts[0]}
+    logger.info("%s %d examples took %.1f MB", what, dataset.size, sum(x.nbytes for x in held.values()) / 1e6)
+    return dataset._replace(read=lambda indices: {name: examples[indices] for name, examples in held.items()})

@@ -15,21 +15,22 @@ import orbax.checkpoint as ocp
 from flax import jax_utils
 
 from jaxdiff import checkpoints as ckpt
-from jaxdiff.config import Config, Train
+from jaxdiff.config import AutoencoderConfig, Config, Train
 from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
-from jaxdiff.data.captions import captioned, tokenized, uncaptioned
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.images import make_grid_image, save_image
-from jaxdiff.pipelines import Diffuser, Request, generate, make_sampler, over_local_devices, prompt_of
+from jaxdiff.images import make_grid_image, save_image, to_float
+from jaxdiff.pipelines import over_local_devices
+from jaxdiff.training.autoencoder import autoencoder_learner
+from jaxdiff.training.diffusion import diffusion_learner
+from jaxdiff.training.learner import COLUMNS, Learner
 from jaxdiff.training.reporting import Reporter
-from jaxdiff.training.state import METRICS, TrainState, init_state, learning_rate_schedule, zero_sums
-from jaxdiff.training.step import make_eval_loss, make_train_step
+from jaxdiff.training.state import TrainState, init_state, learning_rate_schedule, zero_sums
+from jaxdiff.training.step import make_eval_losses, make_train_step
 
 AXIS = "batch"
-COLUMNS = 8  # of the pictures of samples
 
 
-def fit(config: Config, workdir: str | Path) -> int:
+def fit(config: Config | AutoencoderConfig, workdir: str | Path) -> int:
     """Train what a config describes, in a workdir, from its newest checkpoint on if there is one.
 
     Returns the step that was reached: `config.train.steps`, or less where SIGTERM or Ctrl-C asked for an end; the state
@@ -38,10 +39,9 @@ def fit(config: Config, workdir: str | Path) -> int:
     """
     split_batch(config.train)  # said before data are read, if it does not divide
     dataset, eval_dataset = open_datasets(config)
-    diffuser = ckpt.open_run(config, dataset.image_shape, dataset.class_names, workdir)
-    dataset, eval_dataset = (data and with_prompts(diffuser, data) for data in (dataset, eval_dataset))
+    learner = open_learner(config, dataset, workdir)
     with ckpt.open_checkpoints(workdir, config.run.keep) as checkpoints:
-        state = init_state(diffuser)
+        state = init_state(learner)
         start = checkpoints.latest_step() or 0
         if start:
             state = restore_state(checkpoints, start, state)
@@ -56,15 +56,25 @@ def fit(config: Config, workdir: str | Path) -> int:
             if start >= config.train.steps:
                 report.say(f"the run is at step {start} of {config.train.steps}: nothing is left to train")
                 return start
-            step = run_steps(diffuser, state, start, dataset, eval_dataset, Path(workdir), checkpoints, report)
+            step = run_steps(learner, state, start, dataset, eval_dataset, Path(workdir), checkpoints, report)
         checkpoints.wait_until_finished()
     if step < config.train.steps:
         print(f"stopped and saved at step {step}: the same command goes on from there", flush=True)
     return step
 
 
+def open_learner(config: Config | AutoencoderConfig, dataset: ImageDataset, workdir: str | Path) -> Learner:
+    """What is trained in a workdir: a run of this config on these images, begun now or before."""
+    shape, names = dataset.image_shape, dataset.class_names
+    if isinstance(config, AutoencoderConfig):
+        return autoencoder_learner(ckpt.open_run(config, shape, names, workdir)[0])
+    read = lambda index: to_float(dataset.read(index)["image"])  # noqa: E731
+    adopted = lambda: ckpt.adopt(config, shape, read, dataset.size)  # noqa: E731
+    return diffusion_learner(*ckpt.open_run(config, shape, names, workdir, adopted))
+
+
 def run_steps(
-    diffuser: Diffuser,
+    learner: Learner,
     state: TrainState,
     start: int,
     dataset: ImageDataset,
@@ -74,22 +84,22 @@ def run_steps(
     report: Reporter,
 ) -> int:
     """Take the steps after `start`, and all that is due at them; returns the last, whose state is being saved."""
-    config = diffuser.config
+    config = learner.config
     local_size = split_batch(config.train)
     shard = (jax.process_index(), jax.process_count())
-    source = batches(dataset, config.train.batch_size, seed=config.train.seed, flip=config.data.flip, shard=shard)
-    state = jax_utils.replicate(state)
-    train_step, seconds = compile_step(diffuser, state, split_over_devices(source[start], local_size))
+    read = learner.prepare(dataset, cache=True)
+    source = batches(read, config.train.batch_size, seed=config.train.seed, flip=config.data.flip, shard=shard)
+    state, frozen = jax_utils.replicate((state, learner.frozen))
+    train_step, seconds = compile_step(learner, state, split_over_devices(source[start], local_size), frozen)
     report.say(f"compiled in {seconds:.0f} s")
-    evaluate = make_evaluation(diffuser, eval_dataset, config.run.eval_images) if eval_dataset else None
-    draw = make_sampler(diffuser, threshold=config.sampling.threshold)
-    request = preview(diffuser, dataset)
+    evaluate = make_evaluation(learner, eval_dataset, config.run.eval_images) if eval_dataset else None
+    preview = learner.make_preview(dataset)
     learning_rate = learning_rate_schedule(config.optimizer, config.train)
 
     report.restart_clock(start)
     with stop_signal() as stopped, closing(prefetched(source, start)) as reader:
         for step, batch in enumerate(reader, start + 1):
-            state = train_step(state, split_over_devices(batch, local_size))
+            state = train_step(state, split_over_devices(batch, local_size), frozen)
             stopping = stopped()
             last = step == config.train.steps or stopping
             logging = due(step, config.run.log_every)
@@ -102,20 +112,25 @@ def run_steps(
                 rates = {"learning_rate": float(learning_rate(step - 1)), "images_per_second": round(speed, 1)}
                 report.metrics(step, means | rates)
                 report.progress(step, means["loss"], speed)
-                state = state.replace(sums=jax_utils.replicate(zero_sums()))
+                state = state.replace(sums=jax_utils.replicate(zero_sums(learner)))
             if saving:
                 host = jax.device_get(jax_utils.unreplicate(state))
                 score = None if stopping else means["loss"]  # a stop has no time to evaluate: no candidate for best
                 if evaluate and not stopping:
-                    score = evaluate(host.ema_params)
-                    check_finite({"eval_loss": score}, step, checkpoints)
-                    report.metrics(step, {"eval_loss": score})
+                    scores = evaluate(host.ema_params)
+                    check_finite(scores, step, checkpoints)
+                    report.metrics(step, scores)
+                    score = scores["eval_loss"]
                     report.say(f"step {step}  eval loss {score:.4f}")
                 check_finite({"norm of the parameters": float(optax.tree.norm(host.params))}, step, checkpoints)
-                ckpt.save(checkpoints, step, host.replace(ema_params=None), host.ema_params, score)
+                parts = {"state": host.replace(ema_params=None), "ema_params": host.ema_params}
+                ckpt.save(checkpoints, step, parts, score)
             if drawing and jax.process_index() == 0 and not stopping:
-                ema_params = jax_utils.unreplicate(state.ema_params)
-                draw_samples(diffuser, ema_params, request, workdir, step, draw, report)
+                images = preview(jax_utils.unreplicate(state.ema_params))
+                path = workdir / "samples" / f"step_{step:07d}.png"
+                save_image(images, path, COLUMNS)
+                report.picture(step, np.asarray(make_grid_image(images, COLUMNS)))
+                report.say(f"step {step}  samples in {path}")
             if logging or saving or drawing:
                 report.restart_clock(step)
             if last:
@@ -145,7 +160,7 @@ def split_over_devices(batch: dict[str, np.ndarray], local_size: int) -> dict[st
     return {name: x.reshape(-1, local_size, *x.shape[1:]) for name, x in batch.items()}
 
 
-def open_datasets(config: Config) -> tuple[ImageDataset, ImageDataset | None]:
+def open_datasets(config: Config | AutoencoderConfig) -> tuple[ImageDataset, ImageDataset | None]:
     """The data to train on and the data to evaluate on, if the config names a split for it."""
     data = config.data
     options = {"data_dir": data.data_dir, "image_size": data.image_size, "channels": data.channels}
@@ -153,11 +168,13 @@ def open_datasets(config: Config) -> tuple[ImageDataset, ImageDataset | None]:
     return dataset, open_dataset(data.name, data.eval_split, **options) if data.eval_split else None
 
 
-def compile_step(diffuser: Diffuser, state: TrainState, batch: dict[str, np.ndarray]) -> tuple[Callable, float]:
-    """The train step over this host's devices, compiled for the shapes of a state and a batch, and the seconds."""
+def compile_step(
+    learner: Learner, state: TrainState, batch: dict[str, np.ndarray], frozen: Any
+) -> tuple[Callable, float]:
+    """The train step over this host's devices, compiled for the shapes of what it takes, and the seconds."""
     began = time.perf_counter()
-    step = jax.pmap(make_train_step(diffuser, AXIS), axis_name=AXIS, donate_argnums=0)
-    return step.lower(state, batch).compile(), time.perf_counter() - began
+    step = jax.pmap(make_train_step(learner, AXIS), axis_name=AXIS, donate_argnums=0)
+    return step.lower(state, batch, frozen).compile(), time.perf_counter() - began
 
 
 def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
@@ -169,7 +186,8 @@ def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: TrainStat
 def mean_metrics(state: TrainState, step: int, checkpoints: ocp.CheckpointManager) -> dict[str, float]:
     """The means since the last report; JaxdiffError where one is not finite, so that such a state is never saved."""
     sums = {name: float(x) for name, x in jax.device_get(jax_utils.unreplicate(state.sums)).items()}
-    means = {name: sums[name] / sums["count"] for name in METRICS}
+    count = sums.pop("count")
+    means = {name: value / count for name, value in sums.items()}
     check_finite(means, step, checkpoints)
     return means
 
@@ -187,54 +205,26 @@ def check_finite(values: dict[str, float], step: int, checkpoints: ocp.Checkpoin
     )
 
 
-def make_evaluation(diffuser: Diffuser, dataset: ImageDataset, most: int, batch_size: int = 256) -> Callable:
-    """evaluate(params) -> the mean loss over the first `most` images of a data set, on this host's devices."""
-    eval_loss = make_eval_loss(diffuser)
+def make_evaluation(learner: Learner, dataset: ImageDataset, most: int, batch_size: int = 256) -> Callable:
+    """evaluate(averaged params) -> {"eval_loss": ...}, means over the first `most` images, on this host's devices."""
+    eval_losses = make_eval_losses(learner)
     count = min(most, dataset.size)
     batch_size = -(-min(batch_size, count) // jax.local_device_count()) * jax.local_device_count()
     split, whole = over_local_devices()
+    frozen = jax.device_put(learner.frozen, whole)
+    dataset = learner.prepare(dataset, cache=False)
 
-    def evaluate(params: Any) -> float:
-        params = jax.device_put(params, whole)
+    def evaluate(params: Any) -> dict[str, float]:
+        params = frozen | jax.device_put(params, whole)
         losses = []
         for begin in range(0, count, batch_size):
             index = np.arange(begin, begin + batch_size)
             batch = jax.device_put(dataset.read(index % count), split)
-            losses.append(eval_loss(params, batch, jnp.asarray(index)))
-        return float(np.mean(np.concatenate(losses)[:count]))
+            losses.append(eval_losses(params, batch, jnp.asarray(index)))
+        total = jax.tree.map(lambda *parts: float(np.mean(np.concatenate(parts)[:count])), *losses)
+        return {f"eval_{name}": value for name, value in total.items()}
 
     return evaluate
-
-
-def with_prompts(diffuser: Diffuser, dataset: ImageDataset) -> ImageDataset:
-    """The data with what the model reads of them: their captions as tokens, made from the classes where there are none.
-
-    Raises JaxdiffError where a model of captions is given neither captions nor classes.
-    """
-    if diffuser.text is None:
-        return uncaptioned(dataset)
-    return tokenized(dataset if dataset.captions else captioned(dataset), diffuser.text.tokenizer)
-
-
-def preview(diffuser: Diffuser, dataset: ImageDataset) -> Request:
-    """What is drawn to be looked at: eight images a row, of each class (at most ten) or of the first eight captions."""
-    if diffuser.text:
-        prompt = prompt_of(diffuser, dataset.read(np.arange(COLUMNS)))
-    else:
-        prompt = np.arange(min(len(diffuser.class_names), 10) or COLUMNS)
-    return Request(jax.tree.map(lambda rows: np.repeat(rows, COLUMNS, axis=0), prompt))
-
-
-def draw_samples(
-    diffuser: Diffuser, params: Any, request: Request, workdir: Path, step: int, draw: Callable, report: Reporter
-) -> None:
-    """Draw a grid and write it to samples/ and to TensorBoard."""
-    sampling = diffuser.config.sampling
-    images = np.concatenate([part.images for part in generate(diffuser, params, request, sampling, draw=draw)])
-    path = workdir / "samples" / f"step_{step:07d}.png"
-    save_image(images, path, COLUMNS)
-    report.picture(step, np.asarray(make_grid_image(images, COLUMNS)))
-    report.say(f"step {step}  samples in {path}")
 
 
 @contextmanager

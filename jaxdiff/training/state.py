@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxdiff.config import Optimizer, Train
-from jaxdiff.pipelines import Diffuser, init_params
+from jaxdiff.training.learner import Learner
 
 
 @flax.struct.dataclass
 class TrainState:
     """The state after `step` updates.
 
-    ema_params: the moving average of params, which samples are drawn from. sums: of each metric over the steps since
-    it was last reported, and their "count"; part of the state so that a resumed run reports what an unbroken one does.
+    ema_params: the moving average of those parts of params which samples are drawn from. sums: of each metric over the
+    steps since it was last reported, and their "count"; part of the state so that a resumed run reports what an
+    unbroken one does.
     """
 
     step: jax.Array
@@ -26,12 +27,9 @@ class TrainState:
     sums: dict[str, jax.Array]
 
 
-METRICS = ("loss", "grad_norm")
-
-
-def zero_sums() -> dict[str, jax.Array]:
-    """Sums over no steps."""
-    return {name: jnp.zeros(()) for name in (*METRICS, "count")}
+def zero_sums(learner: Learner) -> dict[str, jax.Array]:
+    """Sums over no steps: of what its losses tell, of the norm of the gradient, and how many steps there were."""
+    return {name: jnp.zeros(()) for name in (*learner.metrics, "grad_norm", "count")}
 
 
 def learning_rate_schedule(optimizer: Optimizer, train: Train) -> optax.Schedule:
@@ -61,10 +59,10 @@ def make_optimizer(optimizer: Optimizer, train: Train) -> optax.GradientTransfor
     return optax.chain(clip, update)
 
 
-def init_state(diffuser: Diffuser) -> TrainState:
+def init_state(learner: Learner) -> TrainState:
     """The state before the first step: a function of the config, its seed included."""
-    config = diffuser.config
-    params = jax.jit(lambda: init_params(diffuser, jax.random.key(config.train.seed)))()
+    config = learner.config
+    params = jax.jit(learner.init)(jax.random.key(config.train.seed))
     opt_state = make_optimizer(config.optimizer, config.train).init(params)
-    ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, zero_sums())
+    ema_params = jax.tree.map(jnp.copy, {name: params[name] for name in learner.averaged})
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, zero_sums(learner))

@@ -31,8 +31,8 @@ from jaxdiff.pipelines import (
 )
 from jaxdiff.sampling import example_keys, initial_noise
 from jaxdiff.sampling import sample as follow
-from jaxdiff.training.loop import with_prompts
-from jaxdiff.training.step import example_losses
+from jaxdiff.training import Place
+from jaxdiff.training.diffusion import example_losses, with_prompts
 
 RECIPE = ROOT / "tests" / "fixtures" / "tiny_text_recipe.py"
 CONFIG = load_recipe(RECIPE)
@@ -120,9 +120,9 @@ def test_captions_are_withheld_whole_at_the_rate_asked_for(params):
     batch = dataset.read(np.arange(64))
     empty = null_prompt(DIFFUSER, 64)
     bare = batch | {"tokens": empty.tokens, "mask": empty.mask}
+    place = Place(jax.random.key(0), jnp.arange(64), 64)
     losses_of = jax.jit(
-        lambda batch, dropout: example_losses(DIFFUSER, params, batch, jnp.arange(64), 64, jax.random.key(0), dropout),
-        static_argnums=(),
+        lambda batch, dropout: example_losses(DIFFUSER, params, batch, place._replace(dropout_key=dropout))
     )
     trained, told, untold = losses_of(batch, jax.random.key(1)), losses_of(batch, None), losses_of(bare, None)
     withheld = np.isclose(trained, untold, rtol=1e-5) & ~np.isclose(told, untold, rtol=1e-5)
@@ -132,7 +132,8 @@ def test_captions_are_withheld_whole_at_the_rate_asked_for(params):
 
 def test_the_text_encoder_learns_with_the_network(params):
     batch = with_prompts(DIFFUSER, open_dataset("digit_pairs")).read(np.arange(8))
-    loss = lambda p: example_losses(DIFFUSER, p, batch, jnp.arange(8), 8, jax.random.key(0)).mean()  # noqa: E731
+    place = Place(jax.random.key(0), jnp.arange(8), 8)
+    loss = lambda p: example_losses(DIFFUSER, p, batch, place).mean()  # noqa: E731
     gradient = jax.jit(jax.grad(loss))(params)["text"]["text_model"]
     norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient)
     used = norms["embeddings"]["token_embedding"]["embedding"], norms["encoder"]["layers_0"]["mlp"]["fc1"]["kernel"]

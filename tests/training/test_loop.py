@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from jaxdiff import checkpoints as ckpt
-from jaxdiff.training import init_state
+from jaxdiff.training import diffusion_learner, init_state
 from jaxdiff.training.loop import restore_state
 
 
@@ -33,7 +33,7 @@ def state_at(workdir, step):
     import jax
 
     checkpoints = ckpt.open_checkpoints(workdir, writing=False)
-    state = restore_state(checkpoints, step, init_state(ckpt.read_run(workdir)))
+    state = restore_state(checkpoints, step, init_state(diffusion_learner(ckpt.read_run(workdir))))
     checkpoints.close()
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 

@@ -14,10 +14,10 @@ from flax import jax_utils
 from jaxdiff.config import Config, Diffusion, Optimizer, Train
 from jaxdiff.pipelines import Diffuser
 from jaxdiff.schedules import make_process
-from jaxdiff.training import init_state, make_eval_loss, make_train_step
+from jaxdiff.training import Place, diffusion_learner, init_state, make_eval_losses, make_train_step
+from jaxdiff.training.diffusion import example_losses
 from jaxdiff.training.loop import make_evaluation, split_over_devices
 from jaxdiff.training.state import learning_rate_schedule
-from jaxdiff.training.step import example_losses
 
 SHAPE = (4, 4, 1)
 CLASSES = ("a", "b", "c")
@@ -65,8 +65,8 @@ def make_batch(size=BATCH, seed=0):
 def steps_on(count, diffuser, steps=3):
     """The state after some steps on the first `count` devices."""
     devices = jax.devices()[:count]
-    step = jax.pmap(make_train_step(diffuser, "batch"), axis_name="batch", devices=devices)
-    state = jax_utils.replicate(init_state(diffuser), devices)
+    step = jax.pmap(make_train_step(diffusion_learner(diffuser), "batch"), axis_name="batch", devices=devices)
+    state = jax_utils.replicate(init_state(diffusion_learner(diffuser)), devices)
     for i in range(steps):
         state = step(state, split_over_devices(make_batch(seed=i), BATCH // count))
     for leaf in jax.tree.leaves(state):  # the devices' copies must not drift apart
@@ -100,7 +100,7 @@ def test_a_batch_taken_in_parts_is_the_same_batch():
 
 def test_outside_pmap_the_step_is_the_one_of_a_single_device():
     diffuser = make()
-    state, step = init_state(diffuser), jax.jit(make_train_step(diffuser))
+    state, step = init_state(diffusion_learner(diffuser)), jax.jit(make_train_step(diffusion_learner(diffuser)))
     for i in range(3):
         state = step(state, make_batch(seed=i))
     assert_close(state, steps_on(1, diffuser))
@@ -108,7 +108,7 @@ def test_outside_pmap_the_step_is_the_one_of_a_single_device():
 
 def test_the_metrics_are_summed_until_they_are_reported():
     diffuser = make(optimizer=Optimizer(learning_rate=1e-2, clip_norm=0.01))
-    step, state = jax.jit(make_train_step(diffuser)), init_state(diffuser)
+    step, state = jax.jit(make_train_step(diffusion_learner(diffuser))), init_state(diffusion_learner(diffuser))
     fresh = []
     for i in range(3):
         empty = state.replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
@@ -122,7 +122,7 @@ def test_the_metrics_are_summed_until_they_are_reported():
 
 def test_the_average_of_the_parameters():
     diffuser = make(optimizer=Optimizer(learning_rate=1e-2, ema_decay=0.2))
-    step, state = jax.jit(make_train_step(diffuser)), init_state(diffuser)
+    step, state = jax.jit(make_train_step(diffusion_learner(diffuser))), init_state(diffusion_learner(diffuser))
     expected = state.params
     for i, decay in enumerate([1 / 10, 2 / 11, 0.2, 0.2]):  # (1 + i) / (10 + i), at most ema_decay
         state = step(state, make_batch(seed=i))
@@ -153,8 +153,8 @@ def test_the_learning_rate(decay, warmup, expected):
 def test_the_optimizer_follows_the_learning_rate():
     """Adam's first step is the learning rate in the direction of the gradient's sign."""
     diffuser = make(optimizer=Optimizer(learning_rate=0.1, warmup_steps=4, clip_norm=0.0))
-    before = init_state(diffuser)
-    after = jax.jit(make_train_step(diffuser))(before, make_batch())
+    before = init_state(diffusion_learner(diffuser))
+    after = jax.jit(make_train_step(diffusion_learner(diffuser)))(before, make_batch())
     change = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, before.params)
     np.testing.assert_allclose(max(jax.tree.leaves(change)), 0.1 / 4, rtol=1e-3)
 
@@ -163,8 +163,8 @@ def test_adamw_decays_the_weights_and_adam_does_not():
     before, after = {}, {}
     for name in ("adam", "adamw"):
         diffuser = make(optimizer=Optimizer(name=name, learning_rate=0.1, weight_decay=0.5))
-        before[name] = init_state(diffuser)
-        after[name] = jax.jit(make_train_step(diffuser))(before[name], make_batch()).params
+        before[name] = init_state(diffusion_learner(diffuser))
+        after[name] = jax.jit(make_train_step(diffusion_learner(diffuser)))(before[name], make_batch()).params
     assert_close(before["adam"].params, before["adamw"].params, atol=0)
     expected = jax.tree.map(lambda p, a: a - 0.1 * 0.5 * p, before["adam"].params, after["adam"])
     assert_close(after["adamw"], expected)
@@ -172,25 +172,28 @@ def test_adamw_decays_the_weights_and_adam_does_not():
 
 def test_the_eval_loss_depends_on_parameters_and_images_alone():
     diffuser = make(Diffusion(condition_dropout=1.0))
-    first, second = init_state(diffuser).params, init_state(make(train=Train(seed=1, batch_size=BATCH))).params
-    eval_loss = make_eval_loss(diffuser)
+    learner, other = diffusion_learner(diffuser), diffusion_learner(make(train=Train(seed=1, batch_size=BATCH)))
+    first, second = init_state(learner).params, init_state(other).params
+    eval_losses = make_eval_losses(learner)
     index = jnp.arange(BATCH)
-    once, other, again = (eval_loss(p, make_batch(), index) for p in (first, second, first))
+    once, other, again = (eval_losses(p, make_batch(), index)["loss"] for p in (first, second, first))
     np.testing.assert_array_equal(once, again)
     assert once.shape == (BATCH,)
     assert not np.allclose(once, other)
-    np.testing.assert_array_equal(once, make_eval_loss(diffuser)(first, make_batch(), index))
+    anew = make_eval_losses(learner)(first, make_batch(), index)
+    np.testing.assert_array_equal(once, anew["loss"])
 
 
 def test_an_evaluation_reads_each_image_once_and_in_the_same_way(digits):
     diffuser = make()._replace(image_shape=digits.image_shape, model=Toy(classes=11), class_names=digits.class_names)
-    params = init_state(diffuser).params
-    evaluate = make_evaluation(diffuser, digits, most=50, batch_size=24)
+    params = init_state(diffusion_learner(diffuser)).params
+    learner = diffusion_learner(diffuser)
+    evaluate = make_evaluation(learner, digits, most=50, batch_size=24)
     assert evaluate(params) == evaluate(params)
     index = np.arange(56)  # 24 + 24 + 8 on eight devices, of which the last six are padding
     batches = [index[:24], index[24:48], np.arange(48, 72)]
-    losses = [make_eval_loss(diffuser)(params, digits.read(i % 50), jnp.asarray(i)) for i in batches]
-    np.testing.assert_allclose(evaluate(params), np.concatenate(losses)[:50].mean(), rtol=1e-5)
+    losses = [make_eval_losses(learner)(params, digits.read(i % 50), jnp.asarray(i))["loss"] for i in batches]
+    np.testing.assert_allclose(evaluate(params)["eval_loss"], np.concatenate(losses)[:50].mean(), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +209,9 @@ def test_the_class_is_withheld_at_the_rate_asked_for(rate):
     diffuser = make(Diffusion(condition_dropout=rate), model=Tell())
     size = 4000
     batch = {"image": np.zeros((size, *SHAPE), np.uint8), "label": np.zeros(size, np.int32)}
-    key = jax.random.key(0)
+    place = Place(jax.random.key(0), jnp.arange(size), size)
     losses_of = jax.jit(
-        lambda dropout_key: example_losses(diffuser, {"network": {}}, batch, jnp.arange(size), size, key, dropout_key)
+        lambda dropout_key: example_losses(diffuser, {"network": {}}, batch, place._replace(dropout_key=dropout_key))
     )
     losses = losses_of(jax.random.key(1))
     withheld = np.asarray(losses) > 4.0  # about 1 for label 0, about 10 for the null label 3, both +- 2
@@ -253,8 +256,8 @@ def check_it_learns(diffusion):
     params = toy_params()
 
     def loss_of(params):
-        key, index = jax.random.key(0), np.arange(BATCH)
-        return jnp.mean(example_losses(diffuser, params, make_batch(), index, BATCH, key))
+        place = Place(jax.random.key(0), np.arange(BATCH), BATCH)
+        return jnp.mean(example_losses(diffuser, params, make_batch(), place))
 
     loss, grads = jax.value_and_grad(loss_of)(params)
     assert np.isfinite(loss)
@@ -268,4 +271,4 @@ def check_it_learns(diffusion):
 
 @functools.cache
 def toy_params():
-    return init_state(make()).params
+    return init_state(diffusion_learner(make())).params
