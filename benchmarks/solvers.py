@@ -97,7 +97,7 @@ def main():
     def denoiser(params):
         return condition(conditional_denoiser(diffuser, params), condition_on(diffuser, params, labels))
 
-    start = initial_noise(make_table("ddim", make_grid(process, 1)), keys, diffuser.image_shape)
+    start = initial_noise(make_table("ddim", make_grid(process, 1)), keys, diffuser.shape)
 
     @jax.jit
     def reference(params, x):

@@ -141,7 +141,7 @@ def make_preview(diffuser: Diffuser, frozen: Params, dataset: ImageDataset) -> C
     sampling = diffuser.config.sampling
     draw = make_sampler(diffuser, threshold=sampling.threshold)
     if diffuser.text:
-        prompt = prompt_of(diffuser, dataset.read(np.arange(COLUMNS)))
+        prompt = prompt_of(diffuser, dataset.read(np.arange(COLUMNS) % dataset.size))
     else:
         prompt = np.arange(min(len(diffuser.class_names), 10) or COLUMNS)
     request = Request(jax.tree.map(lambda rows: np.repeat(rows, COLUMNS, axis=0), prompt))
