@@ -11,6 +11,7 @@ with the same options takes it from there; --from-lines draws the picture again.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxdiff.checkpoints import load_run
+from jaxdiff.cli import told_in_a_sentence
 from jaxdiff.config import override
 from jaxdiff.data import open_dataset
 from jaxdiff.data.captions import NUM_VARIANTS, describe
@@ -151,8 +153,9 @@ def save_picture(lines, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    """Draw, judge and tell."""
+@told_in_a_sentence
+def main(argv):
+    """Draw, judge and tell; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/fashion_mnist_latent_text")
     parser.add_argument("--classifier", default="runs/fashion_mnist_classifier.npz")
@@ -165,13 +168,15 @@ def main():
     parser.add_argument("--keep", help="a folder for what is drawn, for another classifier to judge the same images")
     parser.add_argument("--picture")
     parser.add_argument("--from-lines")
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args(argv)
 
     if args.from_lines:
         if not args.picture:
             raise JaxdiffError("--from-lines draws a picture: say where to by --picture FILE.png.")
         save_picture(lines_from(args.from_lines), args.picture)
-        return
+        return 0
+    if any(option.startswith("--guidance-scale") for option in rest):
+        raise JaxdiffError("--scales has the guidance_scale of each line; there is no --guidance-scale beside it.")
     classifier = load_classifier(args.classifier)
     classes = len(classifier.class_names)
     if args.num < 2 * classes or args.num % classes:  # of one image there is no variance
@@ -191,7 +196,8 @@ def main():
         print(json.dumps(lines[-1]), flush=True)
     if args.picture:
         save_picture(lines, args.picture)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

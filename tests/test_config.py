@@ -69,7 +69,10 @@ def test_choices_are_the_registries():
     assert set(choices(c.Diffusion, "schedule")) == {*BETA_SCHEDULES, *CONTINUOUS_PROCESSES}
 
 
-@pytest.mark.parametrize(("section", "module"), [(UNet, models.UNet), (SimpleUNet, models.SimpleUNet)])
+@pytest.mark.parametrize(
+    ("section", "module"),
+    [(UNet, models.UNet), (SimpleUNet, models.SimpleUNet), (c.AutoencoderKL, models.AutoencoderKL)],
+)
 def test_a_network_s_section_has_the_network_s_options_and_defaults(section, module):
     ours = {f.name: f.default for f in dataclasses.fields(section)}
     theirs = {f.name: f.default for f in dataclasses.fields(module)}
@@ -148,6 +151,7 @@ def test_a_wrong_value_is_told_with_what_is_allowed(config, said):
         ({"trian": {}}, "There is no option trian; there are data, model, latent, text, diffusion"),
         ({"train": {"stpes": 1}}, "There is no option train.stpes; there are steps, batch_size"),
         ({"model": {"kind": "unet", "width": 1}}, "There is no option model.width; there are kind, channels"),
+        ({"text": {"speed": 1}}, "There is no option text.speed; there are tokenizer, vocabulary"),
         ({"model": {"kind": "dit"}}, "model.kind must be one of simple_unet, unet."),
     ],
 )

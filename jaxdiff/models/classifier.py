@@ -66,12 +66,18 @@ def judge(model: ImageClassifier, params: dict[str, Any], x: Float[Array, "B H W
 
 
 def save_classifier(path: str | Path, classifier: Classifier) -> None:
-    """Write a classifier of the default widths as an .npz."""
+    """Write a classifier as an .npz."""
     arrays = {"/".join(name): np.asarray(x) for name, x in flatten_dict(classifier.params).items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("wb") as file:
-        told = {"class_names": np.array(classifier.class_names), "image_shape": np.array(classifier.image_shape)}
-        np.savez(file, **told, **arrays)
+        np.savez(
+            file,
+            class_names=classifier.class_names,
+            image_shape=classifier.image_shape,
+            channels=classifier.model.channels,
+            num_features=classifier.model.num_features,
+            **arrays,
+        )
 
 
 def load_classifier(path: str | Path) -> Classifier:
@@ -81,13 +87,15 @@ def load_classifier(path: str | Path) -> Classifier:
     try:
         with np.load(path) as content:
             arrays = dict(content)
-        names, shape = arrays.pop("class_names").tolist(), tuple(arrays.pop("image_shape").tolist())
+        names, shape, channels = (
+            tuple(arrays.pop(name).tolist()) for name in ("class_names", "image_shape", "channels")
+        )
+        model = ImageClassifier(len(names), channels, arrays.pop("num_features").item())
         params = unflatten_dict({tuple(name.split("/")): x for name, x in arrays.items()})
-        model = ImageClassifier(len(names))
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, *shape), np.float32)))["params"]
         fits = jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, like)
     except Exception as error:  # whatever a damaged file raises in zipfile, NumPy or above
         raise JaxdiffError(f"The classifier {path} is damaged ({error}): train it again.") from error
     if not fits:
         raise JaxdiffError(f"{path} is no classifier of the layout that this version has: train it again.")
-    return Classifier(model, params, tuple(names), shape)
+    return Classifier(model, params, names, shape)
