@@ -15,7 +15,17 @@ import tyro
 from annotated_types import Interval
 
 from jaxdiff.checkpoints import check_kind, read_run
-from jaxdiff.config import AutoencoderConfig, Config, Count, Positive, Sampling, load_recipe, override, validate
+from jaxdiff.config import (
+    SOLVER_OPTIONS,
+    AutoencoderConfig,
+    Config,
+    Count,
+    Positive,
+    Sampling,
+    load_recipe,
+    override,
+    validate,
+)
 from jaxdiff.data.decoding import open_image, to_array
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
@@ -89,7 +99,7 @@ def parse_sample_options(args: list[str], description: str) -> SampleOptions:
         check_kind(model := read_run(workdir), Diffuser, workdir)
         sampling = model.config.sampling
     if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
-        sampling = replace(sampling, eta=None, order=None, s_churn=None)
+        sampling = replace(sampling, **dict.fromkeys(SOLVER_OPTIONS))
     options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
     options = replace(options, prompt=read_prompts(options), prompts_file=None)
     if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):

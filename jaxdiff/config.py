@@ -22,7 +22,10 @@ SolverName = Literal[
     "ddpm", "ddpm_large", "ddim", "euler", "euler_ancestral", "heun", "edm", "dpm2", "dpm2_ancestral", "rk4",
     "dpm_2m", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_2s", "dpmpp_2s", "dpmpp_3s",
     "dpmpp_2s_ancestral", "dpmpp_sde", "unipc", "deis", "lms", "plms", "pndm", "ipndm", "lcm",
+    "euler_maruyama", "reverse_diffusion", "predictor_corrector",
 ]  # fmt: skip
+SOLVER_OPTIONS = ("eta", "order", "s_churn", "corrections", "snr")
+"""The fields of `Sampling` that are a solver's own: None leaves each as the solver has it."""
 GridName = Literal[
     "trailing", "leading", "linspace", "karras", "exponential", "logsnr", "beta", "ays_sd", "ays_sdxl", "ays_svd"
 ]
@@ -116,7 +119,7 @@ _KINDS = {"simple_unet": SimpleUNet, "unet": UNet}
 class Diffusion(_Strict):
     """The process and what is learned of it."""
 
-    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "vp", "edm", "flow"] = "linear"
+    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "vp", "subvp", "ve", "edm", "flow"] = "linear"
     timesteps: Positive = 1000
     """Rows of a discrete schedule (the first four)."""
     zero_terminal_snr: bool = False
@@ -256,6 +259,10 @@ class Sampling(_Strict):
     """Of the solvers that have several."""
     s_churn: Rate | None = None
     """Noise added again before a step, of euler, heun, edm and dpm2."""
+    corrections: Count | None = None
+    """Langevin's steps after each of the others, of predictor_corrector."""
+    snr: Annotated[float, Gt(0)] | None = None
+    """Signal to noise of Langevin's steps, which sets their size."""
     guidance_scale: Rate = 1.0
     """0 ignores the class, 1 follows it as the model learned it, more exaggerates it."""
     guidance_rescale: Probability = 0.0
@@ -373,7 +380,7 @@ def _check_reconstruction(reconstruction: Reconstruction) -> None:
 
 
 def _check_diffusion(diffusion: Diffusion) -> None:
-    if diffusion.zero_terminal_snr and diffusion.schedule in ("vp", "edm", "flow"):
+    if diffusion.zero_terminal_snr and diffusion.schedule not in ("linear", "cosine", "scaled_linear", "sigmoid"):
         raise JaxdiffError(
             "diffusion.zero_terminal_snr rescales betas, and the schedule "
             f"{diffusion.schedule!r} has none: choose linear, cosine, scaled_linear or sigmoid."

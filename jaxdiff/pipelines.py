@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jaxdiff import models
+from jaxdiff.config import SOLVER_OPTIONS, Config, Sampling, SimpleUNet, Text
 from jaxdiff.config import AutoencoderKL as AutoencoderSection
-from jaxdiff.config import Config, Sampling, SimpleUNet, Text
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import (
     THRESHOLDS,
@@ -330,7 +330,7 @@ def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0
         raise JaxdiffError(f"guidance_interval goes from a noise level up to a higher one, not from {low} to {high}.")
     placing = {"final": sampling.final, "shift": sampling.shift, "frame": sampling.frame}
     grid = make_grid(diffuser.process, sampling.num_steps, sampling.grid, **placing)
-    options = {name: getattr(sampling, name) for name in ("eta", "order", "s_churn")}
+    options = {name: getattr(sampling, name) for name in SOLVER_OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     return make_table(sampling.solver, grid if strength == 1 else tail(grid, strength), **options)
 

@@ -206,11 +206,10 @@ def discrete_process(schedule: DiffusionSchedule) -> Process:
     def alpha_sigma(t):
         xp = t.__array_namespace__()
         table = xp.asarray(log_alphas_cumprod)
-        low = xp.clip(xp.floor(t), 0, max(last - 1, 0)).astype(int)
+        # Row t has the slope of what led to it, log(1 - beta_t): and 0 * -inf, before a zero terminal SNR, is not met.
+        low = xp.clip(xp.ceil(t) - 1, 0, max(last - 1, 0)).astype(int)
         part = t - low
-        # The upper row is left out where it has no part: 0 * -inf is NaN just before a zero terminal SNR.
-        high = xp.where(part == 0, 0.0, table[xp.minimum(low + 1, last)])
-        log_alpha_bar = (1 - part) * table[low] + part * high
+        log_alpha_bar = (1 - part) * table[low] + part * table[xp.minimum(low + 1, last)]
         return xp.exp(0.5 * log_alpha_bar), xp.sqrt(-xp.expm1(log_alpha_bar))
 
     def time_at(logsnr):
@@ -225,19 +224,62 @@ def discrete_process(schedule: DiffusionSchedule) -> Process:
 
 def vp_process(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
     """The variance preserving SDE with linear beta(t) over t in [t_min, 1] (Song et al. 2021, equation 33)."""
-    slope = beta_max - beta_min
+    log_alpha_bar, time_of_depth = _linear_beta(beta_min, beta_max)
 
     def alpha_sigma(t):
         xp = t.__array_namespace__()
-        log_alpha_bar = -0.5 * slope * t**2 - beta_min * t
-        return xp.exp(0.5 * log_alpha_bar), xp.sqrt(-xp.expm1(log_alpha_bar))
+        return xp.exp(0.5 * log_alpha_bar(t)), xp.sqrt(-xp.expm1(log_alpha_bar(t)))
 
     def time_at(logsnr):
         xp = logsnr.__array_namespace__()
-        depth = xp.logaddexp(xp.zeros_like(logsnr), -logsnr)  # -log alpha_bar
-        return 2 * depth / (beta_min + xp.sqrt(beta_min**2 + 2 * slope * depth))
+        return time_of_depth(xp.logaddexp(xp.zeros_like(logsnr), -logsnr))  # -log alpha_bar
 
     return Process(alpha_sigma, time_at, lambda t: 999 * t, t_min, 1.0)
+
+
+def subvp_process(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
+    """The sub-VP SDE: `vp_process`'s signal under less noise, sigma = 1 - alpha^2 (Song et al. 2021, equation 12)."""
+    log_alpha_bar, time_of_depth = _linear_beta(beta_min, beta_max)
+
+    def alpha_sigma(t):
+        xp = t.__array_namespace__()
+        return xp.exp(0.5 * log_alpha_bar(t)), -xp.expm1(log_alpha_bar(t))
+
+    def time_at(logsnr):
+        xp = logsnr.__array_namespace__()
+        return time_of_depth(2 * xp.arcsinh(0.5 * xp.exp(-0.5 * logsnr)))  # alpha solves alpha^2 + alpha r - 1 = 0
+
+    return Process(alpha_sigma, time_at, lambda t: 999 * t, t_min, 1.0)
+
+
+def _linear_beta(beta_min: float, beta_max: float) -> tuple[Callable, Callable]:
+    """Where beta(t) goes linearly over [0, 1]: t -> log alpha_bar, and -log alpha_bar -> t."""
+    slope = beta_max - beta_min
+    log_alpha_bar = lambda t: -0.5 * slope * t**2 - beta_min * t  # noqa: E731
+
+    def time_of_depth(depth):
+        xp = depth.__array_namespace__()
+        return 2 * depth / (beta_min + xp.sqrt(beta_min**2 + 2 * slope * depth))
+
+    return log_alpha_bar, time_of_depth
+
+
+def ve_process(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Process:
+    """The variance exploding SDE over t in [0, 1]: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+
+    Song et al. 2021, equation 31; the network is told of log sigma by way of t, as theirs is. Noise levels are
+    `edm_process`'s, at other times and to other ends.
+    """
+    log_ratio = float(np.log(sigma_max / sigma_min))
+
+    def alpha_sigma(t):
+        xp = t.__array_namespace__()
+        return xp.ones_like(t), sigma_min * xp.exp(log_ratio * t)
+
+    def time_at(logsnr):
+        return (-0.5 * logsnr - float(np.log(sigma_min))) / log_ratio
+
+    return Process(alpha_sigma, time_at, lambda t: 999 * t, 0.0, 1.0)
 
 
 def edm_process(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
@@ -274,6 +316,8 @@ def flow_process(t_min: float = 1e-3, t_max: float = 1 - 1e-3) -> Process:
 
 CONTINUOUS_PROCESSES: dict[str, Callable[[], Process]] = {
     "vp": vp_process,
+    "subvp": subvp_process,
+    "ve": ve_process,
     "edm": edm_process,
     "flow": flow_process,
 }

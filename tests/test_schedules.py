@@ -16,7 +16,7 @@ NAMES = {
     "scaled_linear": s.scaled_linear_beta_schedule,
     "sigmoid": s.sigmoid_beta_schedule,
 }
-PROCESSES = ["linear", "cosine", "scaled_linear", "sigmoid", "vp", "edm", "flow"]
+PROCESSES = ["linear", "cosine", "scaled_linear", "sigmoid", "vp", "subvp", "ve", "edm", "flow"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,7 +156,7 @@ def test_vp_process_solves_its_sde():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: s.make_process("lineer"), "linear, cosine, scaled_linear, sigmoid, vp, edm, flow"),
+        (lambda: s.make_process("lineer"), "linear, cosine, scaled_linear, sigmoid, vp, subvp, ve, edm, flow"),
         (lambda: s.make_process("flow", zero_terminal_snr=True), "has none"),
         (lambda: s.DiffusionSchedule.from_betas([0.1, 1.5]), r"\(0, 1\]"),
         (lambda: s.DiffusionSchedule.from_betas([]), "non-empty"),

@@ -13,6 +13,7 @@ from jaxdiff.solvers.ddim import ddim
 from jaxdiff.solvers.ddpm import ddpm
 from jaxdiff.solvers.dpm import dpm_multistep, dpm_singlestep
 from jaxdiff.solvers.grids import GRIDS, Grid, describe_grids, grid_at, invert, make_grid, tail
+from jaxdiff.solvers.reverse_sde import euler_maruyama, predictor_corrector, reverse_diffusion
 from jaxdiff.solvers.runge_kutta import dpm2, edm, euler, heun, rk4
 from jaxdiff.solvers.table import SolverTable, Tape, pad_table, scale_noise, stack_tables
 from jaxdiff.solvers.unipc import unipc
@@ -59,6 +60,9 @@ SOLVERS: dict[str, Solver] = {
     "plms": Solver(plms, "PLMS: Adams-Bashforth of order 4 in equal weights, after one improved Euler step"),
     "pndm": Solver(pndm, "PNDM: three steps of RK4, then as plms"),
     "ipndm": Solver(ipndm, "improved PNDM: Adams-Bashforth from the first step on"),
+    "euler_maruyama": Solver(euler_maruyama, "Euler and Maruyama's method on the reverse SDE, in hundreds of steps"),
+    "reverse_diffusion": Solver(reverse_diffusion, "the reverse SDE in the steps that the forward process took"),
+    "predictor_corrector": Solver(predictor_corrector, "reverse_diffusion with Langevin's steps after each of its own"),
     "lcm": Solver(lcm, "multistep consistency sampling, for distilled models"),
 }
 """By name; what options each takes is in its function's signature."""
@@ -98,6 +102,7 @@ __all__ = [
     "dpmpp_sde",
     "edm",
     "euler",
+    "euler_maruyama",
     "grid_at",
     "heun",
     "invert",
@@ -109,6 +114,8 @@ __all__ = [
     "pad_table",
     "plms",
     "pndm",
+    "predictor_corrector",
+    "reverse_diffusion",
     "rk4",
     "scale_noise",
     "stack_tables",

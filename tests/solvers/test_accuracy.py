@@ -9,7 +9,7 @@ from fixtures.mixture import MIXTURE
 from scipy.integrate import solve_ivp
 
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.schedules import Node, Process, make_process
+from jaxdiff.schedules import Node, Process, make_process, node_at
 from jaxdiff.solvers import Grid, dpm2, grid_at, heun, invert, lcm, make_grid, make_table, rk4
 
 EDM = make_process("edm")
@@ -141,13 +141,16 @@ STOCHASTIC = [
     ("dpmpp_3m_sde", {}),
     ("dpm_2m", {"eta": 1.0}),
     ("dpmpp_2s", {"eta": 1.0}),
+    ("euler_maruyama", {}),
+    ("reverse_diffusion", {}),
+    ("predictor_corrector", {"corrections": 1, "snr": 0.1}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), STOCHASTIC, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize("process", ["edm", "vp", "flow"])
 def test_stochastic_solvers_keep_mean_and_covariance(name, options, process):
-    slow = name.startswith(("ddpm", "ddim", "euler", "dpmpp_2s"))
+    slow = name.startswith(("ddpm", "ddim", "euler", "dpmpp_2s", "reverse", "predictor"))
     grid = make_grid(make_process(process), 200 if slow else 60, "logsnr")
     table = make_table(name, grid, **options)
     num = 4000
@@ -156,6 +159,31 @@ def test_stochastic_solvers_keep_mean_and_covariance(name, options, process):
     spread = np.sqrt(np.diag(MIXTURE.covariance()))
     np.testing.assert_allclose(drawn.mean(0), MIXTURE.mean(), atol=4.5 * spread.max() / np.sqrt(num))
     np.testing.assert_allclose(np.cov(drawn.T), MIXTURE.covariance(), atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler_maruyama", "reverse_diffusion", "predictor_corrector"])
+def test_the_ode_and_the_reverse_sde_recover_the_mixture_s_weights(name):
+    num = 2500
+    table = make_table(name, make_grid(make_process("vp"), 200, "logsnr"))
+    start = RNG.standard_normal((num, 2))
+    drawn = follow(table, MIXTURE.denoiser, start, lambda row: RNG.standard_normal((num, 2)))
+    data = Node(np.nan, np.array(1.0), np.array(0.0))
+    log_joint, _ = MIXTURE._components(drawn, data)
+    shares = np.bincount(log_joint.argmax(1), minlength=3) / num
+    np.testing.assert_allclose(shares, MIXTURE.weights, atol=0.04)  # four standard errors
+
+
+def test_langevin_s_steps_alone_keep_the_density_of_their_noise_level():
+    """Corrections without end at one level: x_t stays of the covariance alpha^2 C + sigma^2 I."""
+    grid = grid_at(make_process("vp"), [0.31, 0.3])
+    table = make_table("predictor_corrector", grid, corrections=150, snr=0.1)
+    node = node_at(make_process("vp"), 0.31)
+    start = node.alpha * MIXTURE.sample(RNG, 4000) + node.sigma * RNG.standard_normal((4000, 2))
+    shortened = table._replace(**{name: getattr(table, name)[:-1] for name in ("t", "alpha", "sigma", "M", "v", "n")})
+    drawn = follow(shortened, MIXTURE.denoiser, start, lambda row: RNG.standard_normal((4000, 2)))
+    alpha, sigma = grid[1].alpha, grid[1].sigma
+    np.testing.assert_allclose(np.cov(drawn.T), alpha**2 * MIXTURE.covariance() + sigma**2 * np.eye(2), atol=0.05)
+    assert np.abs(np.corrcoef(drawn[:, 0], start[:, 0])[0, 1]) < 0.2  # they have moved
 
 
 def test_consistency_sampling_keeps_a_gaussian():
@@ -189,6 +217,7 @@ def test_there_and_back(name, process):
     [
         ("ddpm", {}), ("ddim", {"eta": 1.0}), ("euler_ancestral", {}), ("edm", {}), ("dpm2_ancestral", {}), ("lcm", {}),
         ("dpmpp_2s_ancestral", {}), ("dpmpp_sde", {}), ("dpmpp_2m_sde", {}), ("dpmpp_2s", {"eta": 1.0}),
+        ("euler_maruyama", {}), ("reverse_diffusion", {}), ("predictor_corrector", {}),
     ],
 )  # fmt: skip
 def test_a_stochastic_solver_can_not_invert(name, options):

@@ -50,7 +50,7 @@ def test_a_table_is_the_algorithm_that_made_it(name, process, monkeypatch):
     rng = np.random.default_rng(0)
     start, noises = rng.standard_normal((2, 5)), rng.standard_normal((100, 2, 5))
     table = make_table(name, grid)
-    for module in {"adams", "ancestral", "consistency", "ddim", "ddpm", "dpm", "runge_kutta", "unipc"}:
+    for module in {"adams", "ancestral", "consistency", "ddim", "ddpm", "dpm", "reverse_sde", "runge_kutta", "unipc"}:
         module = sys.modules[f"jaxdiff.solvers.{module}"]  # not an attribute: ddim is the function there
         monkeypatch.setattr(module, "Tape", lambda: Eager(start, noises.__getitem__))
     monkeypatch.setattr(sys.modules["jaxdiff.solvers.runge_kutta"], "scale_noise", lambda x, s_noise: x)
@@ -192,6 +192,8 @@ def test_the_gradient_of_a_loss_by_every_entry_of_a_table_is_its_slope(name):
         ("unipc", 5, {"predict": "v"}, "'x0' or 'eps'"),
         ("heun", 5, {"s_churn": -1.0}, "must not be negative"),
         ("dpmpp_sde", 5, {"r": 0.0}, r"r must lie in \(0, 1\]"),
+        ("predictor_corrector", 5, {"corrections": -1}, "must not be negative"),
+        ("predictor_corrector", 5, {"snr": 0.0}, "snr must be above 0"),
         ("dpm2", 5, {"eta": 1.0}, "eta is no option of the solver 'dpm2': it has s_churn, s_tmin, s_tmax"),
     ],
 )
@@ -206,7 +208,7 @@ def test_a_zero_terminal_snr_works_or_is_told(name):
     process = make_process("linear", zero_terminal_snr=True)
     grid = make_grid(process, 8)
     from_it = {"ddpm", "ddpm_large", "ddim", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"}
-    from_it |= {"dpmpp_3m_sde", "ipndm", "unipc", "dpmpp_2s", "dpmpp_3s"}
+    from_it |= {"dpmpp_3m_sde", "ipndm", "unipc", "dpmpp_2s", "dpmpp_3s", "reverse_diffusion", "predictor_corrector"}
     in_frame = {"heun", "edm", "dpm2", "rk4", "lms", "deis", "plms", "pndm"}
     if name not in from_it:
         noise = make_grid(process, 8, frame="noise" if name in in_frame else None)
@@ -223,6 +225,7 @@ def test_every_solver_has_a_line_and_options_by_name():
     assert all(10 < len(solver.about) < 100 for solver in SOLVERS.values())
     assert SOLVERS["ddim"].options == ("eta",)
     assert SOLVERS["edm"].options == ("s_churn", "s_tmin", "s_tmax", "s_noise")
+    assert SOLVERS["predictor_corrector"].options == ("corrections", "snr")
     assert SOLVERS["rk4"].options == ()
 
 
