@@ -79,4 +79,6 @@ def _format(path: str | Path) -> str:
 def _write(path: str | Path, content: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    part = path.with_name(f"{path.name}.part")  # so that what bears the name is always whole
+    part.write_bytes(content)
+    part.replace(path)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jaxdiff import models
 from jaxdiff.config import SOLVER_OPTIONS, Config, Sampling, SimpleUNet, Text
 from jaxdiff.config import AutoencoderKL as AutoencoderSection
+from jaxdiff.devices import over_local_devices
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import (
     THRESHOLDS,
@@ -300,12 +300,6 @@ def make_sampler(diffuser: Diffuser, *, threshold: str = "clip", frames: int = 0
         return Drawn(pictures(x), jax.lax.map(pictures, passed.x0[rows]))
 
     return draw
-
-
-def over_local_devices() -> tuple[NamedSharding, NamedSharding]:
-    """How arrays lie on this host's devices: split along their first axis, and copied whole to each."""
-    mesh = Mesh(np.asarray(jax.local_devices()), ("batch",))
-    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
 
 
 def check_sampling(diffuser: Diffuser, sampling: Sampling, strength: float = 1.0) -> SolverTable:

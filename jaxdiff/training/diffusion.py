@@ -10,6 +10,7 @@ import numpy as np
 from jaxdiff.data import ImageDataset
 from jaxdiff.data.captions import captioned, tokenized, uncaptioned
 from jaxdiff.data.dataset import precomputed
+from jaxdiff.devices import over_local_devices
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
 from jaxdiff.latents import draw_latents, posterior
@@ -25,7 +26,6 @@ from jaxdiff.pipelines import (
     make_network,
     make_sampler,
     null_prompt,
-    over_local_devices,
     prompt_of,
 )
 from jaxdiff.sampling import example_keys

@@ -17,9 +17,9 @@ from flax import jax_utils
 from jaxdiff import checkpoints as ckpt
 from jaxdiff.config import AutoencoderConfig, Config, Train
 from jaxdiff.data import ImageDataset, batches, open_dataset, prefetched
+from jaxdiff.devices import over_local_devices
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import make_grid_image, save_image, to_float
-from jaxdiff.pipelines import over_local_devices
 from jaxdiff.training.autoencoder import autoencoder_learner
 from jaxdiff.training.diffusion import diffusion_learner
 from jaxdiff.training.learner import COLUMNS, Learner
