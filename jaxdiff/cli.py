@@ -1,4 +1,4 @@
-"""The command lines of train.py and sample.py: options, their defaults, and mistakes told in a sentence."""
+"""The command lines of the scripts: options, their defaults, and mistakes told in a sentence."""
 
 import argparse
 import functools
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +31,8 @@ from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
 from jaxdiff.pipelines import Diffuser, Prompt, Request
 from jaxdiff.solvers import SOLVERS, describe_grids
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,40 @@ class SampleOptions:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of jaxdiff.evaluate: a run, what of it to measure, and how to sample."""
+
+    workdir: str = "runs/digits"
+    """The run."""
+    checkpoint: str = "latest"
+    """latest, best or a step."""
+    num: Positive = 1000
+    """How many images to draw."""
+    split: str | None = None
+    """Of the run's data, to compare with; None is the one that it was evaluated on."""
+    data_dir: str | None = None
+    """Where the data are, if not where the run had them."""
+    pixels: bool = True
+    """Compare by the pixels themselves."""
+    classifier: str | None = None
+    """Compare by the features of a classifier that benchmarks/classifier.py trained (.npz)."""
+    inception: str | None = None
+    """Compare by Inception's: pt_inception-2015-12-05-6726825d.pth of pytorch-fid."""
+    k: Positive = 5
+    """The nearest neighbour by which precision, recall, density and coverage are told."""
+    bits_images: Count = 0
+    """Of how many images to measure the bits; 0 leaves it out."""
+    bound_terms: Positive = 20
+    """Terms of the variational bound that are drawn for each image."""
+    rtol: Annotated[float, Interval(gt=0, le=0.1)] = 1e-4
+    """Tolerance of the probability flow."""
+    seed: Count = 0
+    batch_size: Positive = 256
+    """Images at a time."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+
+
 def parse_train_options(args: list[str], description: str) -> TrainOptions:
     """The options of train.py; those of the recipe are named as in the recipe, as in `--train.steps`."""
     path = _peek(args, "--config", TrainOptions.config)
@@ -92,21 +128,30 @@ def parse_train_options(args: list[str], description: str) -> TrainOptions:
 
 def parse_sample_options(args: list[str], description: str) -> SampleOptions:
     """The options of sample.py; how to sample is what the run's config says unless told otherwise."""
-    workdir = _peek(args, "--workdir", SampleOptions.workdir)
-    helping = {"--help", "-h", "--list"} & set(args)
-    sampling = Sampling()
-    if not helping:
-        check_kind(model := read_run(workdir), Diffuser, workdir)
-        sampling = model.config.sampling
-    if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
-        sampling = replace(sampling, **dict.fromkeys(SOLVER_OPTIONS))
-    options = validate(override(SampleOptions(workdir, sampling=sampling), args, "sample.py", description))
+    options = _with_run(SampleOptions(), args, "sample.py", description)
     options = replace(options, prompt=read_prompts(options), prompts_file=None)
     if Path(options.out).suffix not in (".npz", ".png", ".jpg", ".webp"):
         raise JaxdiffError(f"--out must end in .png, .jpg, .webp or .npz, and {options.out} does not.")
     if options.animation and Path(options.animation).suffix not in (".gif", ".webp"):
         raise JaxdiffError(f"--animation must end in .gif or .webp, and {options.animation} does not.")
     return options
+
+
+def parse_evaluate_options(args: list[str], description: str) -> EvaluateOptions:
+    """The options of jaxdiff.evaluate; how to sample is what the run's config says unless told otherwise."""
+    return _with_run(EvaluateOptions(), args, "jaxdiff.evaluate", description)
+
+
+def _with_run(options: Options, args: list[str], prog: str, description: str) -> Options:
+    """Options that have a workdir, in which how to sample is what its run's config says unless told otherwise."""
+    workdir = _peek(args, "--workdir", options.workdir)
+    sampling = Sampling()
+    if not {"--help", "-h", "--list"} & set(args):
+        check_kind(model := read_run(workdir), Diffuser, workdir)
+        sampling = model.config.sampling
+    if _peek(args, "--solver", sampling.solver) != sampling.solver:  # whose options are not those of another
+        sampling = replace(sampling, **dict.fromkeys(SOLVER_OPTIONS))
+    return validate(override(replace(options, workdir=workdir, sampling=sampling), args, prog, description))
 
 
 def describe_samplers() -> str:

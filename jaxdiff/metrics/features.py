@@ -17,6 +17,7 @@ from jaxdiff.devices import over_local_devices
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import save_arrays, to_float
 from jaxdiff.models.classifier import judge, load_classifier
+from jaxdiff.models.inception import Inception, inception_input, load_inception
 
 logger = logging.getLogger("jaxdiff")
 
@@ -46,6 +47,15 @@ def classifier_features(path: str | Path) -> Extractor:
     classifier = load_classifier(path)
     apply = lambda params, images: judge(classifier.model, params, to_float(images)).features  # noqa: E731
     return Extractor("classifier", apply, classifier.params, classifier.image_shape)
+
+
+def inception_features(path: str | Path) -> Extractor:
+    """The 2,048 features of the FID's Inception, of images of any size in grey or colour.
+
+    Raises JaxdiffError where its weights are not at `path`, with where they come from.
+    """
+    apply = lambda params, images: Inception().apply(params, inception_input(to_float(images)))  # noqa: E731
+    return Extractor("inception", apply, load_inception(path))
 
 
 def extract(
