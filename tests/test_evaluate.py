@@ -21,14 +21,17 @@ def lines(capfd, *args):
 
 
 def test_real_images_beside_real_and_blurred_ones():
-    images = open_dataset("digits").read(np.arange(1000))["image"]
+    images = open_dataset("digits").read(np.random.default_rng(0).permutation(1000))[
+        "image"
+    ]  # in order they are 0 to 9 in turn
     blurred = ndimage.gaussian_filter(images[1::2], (0, 0.8, 0.8, 0))
     real, other, worse = (extract(PIXELS, [part]) for part in (images[::2], images[1::2], blurred))
     near, far = evaluate.compare(real, other), evaluate.compare(real, worse)
-    assert far["frechet"] > 4 * near["frechet"]
+    assert far["frechet"] > 5 * near["frechet"]
     assert abs(near["kernel"]) < 4 * near["kernel_error"]
     assert far["kernel"] > 4 * far["kernel_error"]
-    assert near["precision"] > 0.7 > far["precision"]
+    assert near["recall"] > 0.8
+    assert far["recall"] < 0.2
 
 
 @pytest.mark.slow
