@@ -44,8 +44,11 @@ from jaxdiff.schedules import (
     score_from_noise,
     sigmoid_beta_schedule,
     snr,
+    subvp_process,
+    ve_process,
     vp_process,
 )
+from jaxdiff.sde import reverse_sde, score
 from jaxdiff.solvers import (
     GRIDS,
     SOLVERS,
@@ -114,12 +117,14 @@ __all__ = [
     "precondition",
     "q_sample",
     "rescale_zero_terminal_snr",
+    "reverse_sde",
     "row_noise",
     "sample",
     "sample_ddim",
     "sample_ddpm",
     "scale_noise",
     "scaled_linear_beta_schedule",
+    "score",
     "score_from_noise",
     "sigmoid_beta_schedule",
     "sinusoidal_embedding",
@@ -127,7 +132,9 @@ __all__ = [
     "snr",
     "stack_tables",
     "stratify",
+    "subvp_process",
     "tail",
     "time_from_uniform",
+    "ve_process",
     "vp_process",
 ]

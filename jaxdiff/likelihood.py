@@ -100,7 +100,7 @@ def variational_bound(
     last = jnp.full(len(x_0), num_steps)
     std = grid.sigma[-2] / grid.alpha[-2]
     log_p = (
-        _log_normal(x_0, predicted(last), std) if levels is None else _log_interval(x_0, predicted(last), std, levels)
+        _log_normal(x_0, predicted(last), std) if levels is None else log_interval(x_0, predicted(last), std, levels)
     )
     return Bound(prior, steps, -_sum(log_p))
 
@@ -129,7 +129,7 @@ def _log_normal(x: jax.Array, mean: jax.Array, std: float) -> jax.Array:
     return -0.5 * ((x - mean) / std) ** 2 - np.log(std * np.sqrt(2 * np.pi))
 
 
-def _log_interval(x: jax.Array, mean: jax.Array, std: float, levels: int) -> jax.Array:
+def log_interval(x: jax.Array, mean: jax.Array, std: float, levels: int) -> jax.Array:
     """The log probability of the interval around each of `levels` values in [-1, 1], the outer ones without end."""
     half = 1 / (levels - 1)
     low = jnp.where(x < -1 + half, -jnp.inf, (x - half - mean) / std)
@@ -220,7 +220,7 @@ def flow_log_likelihood(
         noise = draw(jax.random.normal)
         x = alpha * x_0 + sigma * noise
         at = Node(*(jnp.asarray(c, x_0.dtype) for c in node))
-        decoded = _log_interval(x_0, denoise(x, at), sigma / alpha, levels)
+        decoded = log_interval(x_0, denoise(x, at), sigma / alpha, levels)
         correction = _sum(decoded - _log_normal(sigma * noise, 0.0, sigma))
     else:
         raise JaxdiffError(f"Dequantisation is 'uniform' or 'gaussian', not {dequantisation!r}.")

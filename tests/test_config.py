@@ -128,7 +128,7 @@ def test_a_wrong_option_leaves_with_what_is_allowed(args, said, capsys):
         (Config(optimizer=Optimizer(ema_decay=1.0)), "optimizer.ema_decay should be less than 1, not 1.0."),
         (Config(diffusion=Diffusion(prediction="noise")), "'eps', 'x0', 'v', 'flow', 'score' or 'edm', not 'noise'."),
         (Config(model=UNet(channels=(64, 0))), "model.channels.1 should be greater than 0, not 0."),
-        (Config(sampling=Sampling(solver="dpm")), "'lcm', not 'dpm'."),
+        (Config(sampling=Sampling(solver="dpm")), "'predictor_corrector', not 'dpm'."),
         (Config(sampling=Sampling(shift=0.0)), "sampling.shift should be greater than 0, not 0.0."),
         (Config(sampling=Sampling(order=5)), "sampling.order should be less than or equal to 4, not 5."),
         (Config(sampling=Sampling(guidance_interval=(1.0,))), "sampling.guidance_interval.1"),

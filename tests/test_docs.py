@@ -12,7 +12,8 @@ from conftest import ROOT
 
 import sample
 import train
-from jaxdiff.cli import SampleOptions, parse_train_options
+from jaxdiff import evaluate
+from jaxdiff.cli import EvaluateOptions, SampleOptions, parse_train_options
 from jaxdiff.config import override, validate
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,6 +88,8 @@ def test_commands_parse(page, monkeypatch):
                     parse_train_options(args, "")
                 case ["python", "sample.py", *args]:
                     validate(override(SampleOptions(), args, "sample.py"))
+                case ["python", "-m", "jaxdiff.evaluate", *args]:
+                    validate(override(EvaluateOptions(), args, "jaxdiff.evaluate"))
                 case ["python", script, *_] if script.endswith(".py"):
                     assert (ROOT / script).is_file(), script
         except SystemExit:
@@ -96,7 +99,7 @@ def test_commands_parse(page, monkeypatch):
 @every_page
 def test_options_in_the_prose_exist(page):
     for option in re.findall(r"`(--[a-z][\w.-]*)", prose(page)):
-        assert option in names(train) | names(sample), option
+        assert option in names(train) | names(sample) | names(evaluate), option
 
 
 def test_there_is_something_to_test():

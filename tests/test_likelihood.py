@@ -10,7 +10,7 @@ from fixtures.mixture import MIXTURE, GaussianMixture
 from scipy import stats
 
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.likelihood import Bound, _log_interval, bits_per_dim, encode, flow_log_likelihood, variational_bound
+from jaxdiff.likelihood import Bound, bits_per_dim, encode, flow_log_likelihood, log_interval, variational_bound
 from jaxdiff.ode import exact_trace, hutchinson_trace
 from jaxdiff.sampling import example_keys
 from jaxdiff.schedules import Node, make_process, node_at
@@ -141,16 +141,16 @@ def test_a_few_terms_stand_for_all_without_bias():
 def test_intervals_share_out_all_probability_and_keep_their_digits():
     values = np.linspace(-1, 1, 256)
     for mean, std in ((0.0, 0.1), (-1.0, 0.003), (0.99, 0.5), (0.3, 20.0)):
-        found = np.asarray(_log_interval(jnp.asarray(values, jnp.float32), mean, std, 256), float)
+        found = np.asarray(log_interval(jnp.asarray(values, jnp.float32), mean, std, 256), float)
         np.testing.assert_allclose(np.exp(found).sum(), 1, rtol=1e-4)
         edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
         expected = np.diff(stats.norm.cdf(edges, mean, std))
         sure = expected > 1e-3
         np.testing.assert_allclose(np.exp(found)[sure], expected[sure], rtol=2e-3)
         assert np.isfinite(found).all()
-    far = _log_interval(jnp.array([0.5], jnp.float32), -0.5, 0.01, 256)  # 100 standard deviations off
+    far = log_interval(jnp.array([0.5], jnp.float32), -0.5, 0.01, 256)  # 100 standard deviations off
     np.testing.assert_allclose(far, -0.5 * 99.6**2 - np.log(99.6) - 0.5 * np.log(2 * np.pi), rtol=1e-3)
-    slopes = jax.grad(lambda mean: _log_interval(jnp.asarray(values, jnp.float32), mean, 0.01, 256).sum())(0.1)
+    slopes = jax.grad(lambda mean: log_interval(jnp.asarray(values, jnp.float32), mean, 0.01, 256).sum())(0.1)
     assert np.isfinite(slopes)
 
 
