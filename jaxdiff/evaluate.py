@@ -72,10 +72,11 @@ def measure_bits(
     params: Any,
     dataset: ImageDataset,
     num: int,
-    seed: int,
-    batch_size: int,
-    num_terms: int,
-    rtol: float,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_terms: int = 20,
+    rtol: float = 1e-4,
 ) -> dict[str, float]:
     """Bits a number that a model needs for the first `num` images, given their classes or captions; means and errors.
 
