@@ -143,29 +143,29 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(self, z):
         """Draw."""
-        x = nn.Dense(7 * 7 * 192, name="project")(z).reshape(-1, 7, 7, 192)
+        x = nn.Dense(7 * 7 * 224, name="project")(z).reshape(-1, 7, 7, 224)
         x = nn.relu(GroupNorm(name="norm_0")(x))
-        x = depth_to_space(conv3x3(4 * 128, name="up_0", dtype=x.dtype)(x), 2)
+        x = depth_to_space(conv3x3(4 * 64, name="up_0", dtype=x.dtype)(x), 2)
         x = nn.relu(GroupNorm(name="norm_1")(x))
         return jnp.tanh(depth_to_space(conv3x3(4 * self.channels, name="up_1", dtype=x.dtype)(x), 2))
 
 
 class Discriminator(nn.Module):
-    """Images [B, 28, 28, C] to logits [B], halved twice."""
+    """Images [B, 28, 28, C] to logits [B], halved twice; a dense layer of them has parameters that cost little time."""
 
     @nn.compact
     def __call__(self, x):
         """Judge."""
-        x = nn.leaky_relu(conv3x3(128, name="down_0", dtype=x.dtype)(space_to_depth(x, 2)), 0.2)
-        x = nn.leaky_relu(conv3x3(176, name="down_1", dtype=x.dtype)(space_to_depth(x, 2)), 0.2)
-        x = nn.leaky_relu(conv3x3(176, name="conv", dtype=x.dtype)(x), 0.2)
-        return nn.Dense(1, name="judge")(x.reshape(len(x), -1))[:, 0]
+        x = nn.leaky_relu(conv3x3(64, name="down_0", dtype=x.dtype)(space_to_depth(x, 2)), 0.2)
+        x = nn.leaky_relu(conv3x3(96, name="down_1", dtype=x.dtype)(space_to_depth(x, 2)), 0.2)
+        x = nn.leaky_relu(nn.Dense(232, name="dense")(x.reshape(len(x), -1)), 0.2)
+        return nn.Dense(1, name="judge")(x)[:, 0]
 
 
 def gan(shape, seed, batch_size, r1_weight=1.0):
     """A GAN of DCGAN's size, with the hinge loss (Lim & Ye 2017) and the R1 penalty (Mescheder et al. 2018)."""
     config = Config(
-        optimizer=Optimizer(learning_rate=2e-4, b1=0.5, b2=0.99, clip_norm=0.0, ema_decay=0.998),
+        optimizer=Optimizer(learning_rate=5e-4, b1=0.5, b2=0.99, clip_norm=0.0, ema_decay=0.998),
         train=Train(batch_size=batch_size, seed=seed),
     )
     generator, discriminator = Generator(shape[-1]), Discriminator()
@@ -186,8 +186,9 @@ def gan(shape, seed, batch_size, r1_weight=1.0):
         judge = lambda params, x: discriminator.apply({"params": params}, x)  # noqa: E731
         # two games in one gradient, as in jaxdiff.training.autoencoder
         fooled = -judge(jax.lax.stop_gradient(params["discriminator"]), drawn)
-        real, slope = jax.vjp(lambda x: judge(params["discriminator"], x), images)
-        penalty = 0.5 * r1_weight * jnp.sum(slope(jnp.ones(len(images)))[0] ** 2, (1, 2, 3))
+        real, some = judge(params["discriminator"], images), images[: -(-len(images) // 4)]
+        slope = jax.grad(lambda x: judge(params["discriminator"], x).sum())(some)  # of a quarter, for it costs the most
+        penalty = 0.5 * r1_weight * jnp.sum(slope**2, (1, 2, 3)).mean()
         told_apart = nn.relu(1 - real) + nn.relu(1 + judge(params["discriminator"], jax.lax.stop_gradient(drawn)))
         return {"loss": fooled + told_apart + penalty, "discriminator": told_apart}
 
