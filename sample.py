@@ -12,6 +12,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from jaxdiff import hosts
 from jaxdiff.checkpoints import load_run
 from jaxdiff.cli import (
     default_columns,
@@ -34,13 +35,14 @@ def main(args: list[str]) -> int:
     if options.list:
         print(describe_samplers())
         return 0
+    hosts.join(options.hosts)
     diffuser, params, step = load_run(options.workdir, options.checkpoint)
     request = make_request(diffuser, options)
     columns = options.columns or default_columns(diffuser, options)
 
     began = time.perf_counter()
     images, frames = [], []
-    with tqdm(total=options.num, unit="image", disable=None) as progress:
+    with tqdm(total=options.num, unit="image", disable=None if hosts.is_leader() else True) as progress:
         for part in generate(
             diffuser,
             params,
@@ -56,6 +58,8 @@ def main(args: list[str]) -> int:
             progress.update(len(part.images))
     images = np.concatenate(images)
     seconds = time.perf_counter() - began
+    if not hosts.is_leader():
+        return 0
 
     if options.out.endswith(".npz"):
         save_arrays(options.out, images=images, **prompt_arrays(diffuser, request.prompt))

@@ -1,9 +1,11 @@
 """The command lines of the scripts: options, their defaults, and mistakes told in a sentence."""
 
 import argparse
+import errno
 import functools
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +16,14 @@ import numpy as np
 import tyro
 from annotated_types import Interval
 
+from jaxdiff import hosts
 from jaxdiff.checkpoints import check_kind, read_run
 from jaxdiff.config import (
     SOLVER_OPTIONS,
     AutoencoderConfig,
     Config,
     Count,
+    Hosts,
     Positive,
     Sampling,
     load_recipe,
@@ -43,6 +47,7 @@ class TrainOptions:
     """The recipe."""
     workdir: str = ""
     """Where the run is or will be; left empty, runs/<name of the recipe>."""
+    hosts: Hosts = field(default_factory=Hosts)
     recipe: Annotated[Config | AutoencoderConfig, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -81,6 +86,7 @@ class SampleOptions:
     """Images drawn at a time."""
     list: bool = False
     """Say what solvers and grids there are, and leave."""
+    hosts: Hosts = field(default_factory=Hosts)
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
@@ -115,13 +121,14 @@ class EvaluateOptions:
     seed: Count = 0
     batch_size: Positive = 256
     """Images at a time."""
+    hosts: Hosts = field(default_factory=Hosts)
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
 def parse_train_options(args: list[str], description: str) -> TrainOptions:
     """The options of train.py; those of the recipe are named as in the recipe, as in `--train.steps`."""
     path = _peek(args, "--config", TrainOptions.config)
-    defaults = TrainOptions(path, f"runs/{Path(path).stem}", load_recipe(path))
+    defaults = TrainOptions(path, f"runs/{Path(path).stem}", recipe=load_recipe(path))
     options = override(defaults, args, "train.py", description)
     return replace(options, recipe=validate(options.recipe))
 
@@ -260,17 +267,39 @@ def choose_labels(diffuser: Diffuser, wanted: tuple[str, ...], num: int) -> np.n
 
 
 def told_in_a_sentence(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Have a script's main print a JaxdiffError as one line and return 1; all else stays a traceback."""
+    """Have a script's main print a JaxdiffError as one line and return 1, and a full disk; all else stays a traceback.
+
+    One of several hosts leaves without waiting for the others, which notice; and what it says of an error that comes
+    from the loss of another is one line.
+    """
 
     @functools.wraps(main)
     def wrapped(args: list[str]) -> int:
         logging.basicConfig(format="%(message)s", force=True)  # importing Orbax has already set another format
         logging.getLogger("jaxdiff").setLevel(logging.INFO)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
         try:
             return main(args)
         except JaxdiffError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            said = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            said = f"{error.filename or 'A file'} can not be written: {error.strerror}. What was saved before is kept."
+        except BaseException as error:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            said = f"This host ends: {type(error).__name__}."
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                said = (
+                    f"Host {jax.process_index()} of {jax.process_count()} (from 0) ends because another did or can not "
+                    "be reached: run the same command again on all of them."
+                )
+        print(f"error: {said}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            hosts.leave(1)
+        return 1
 
     return wrapped
 

@@ -91,6 +91,8 @@ class UNet(_Strict):
     downsample_padding: Literal[0, 1] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters stay float32."""
+    remat: bool = False
+    """Work out again in the backward pass what is inside a block, which takes time and saves memory."""
     class_conditional: bool = True
     """Embed the class of each image, where the data has classes."""
 
@@ -110,6 +112,8 @@ class AutoencoderKL(_Strict):
     eps: Annotated[float, Gt(0)] = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters stay float32."""
+    remat: bool = False
+    """Work out again in the backward pass what is inside a block, which takes time and saves memory."""
 
 
 _KINDS = {"simple_unet": SimpleUNet, "unet": UNet}
@@ -220,7 +224,22 @@ class Train(_Strict):
     """Images per step over all devices of all hosts."""
     accumulate: Positive = 1
     """Parts that a device's share of the batch is taken in, one after the other, to save memory."""
+    steps_per_call: Positive = 1
+    """Steps that the devices take without asking the host, where nothing is due between: small models then do not wait
+    for it."""
+    parameters: Literal["replicated", "sharded"] = "replicated"
+    """Copied to every device, under pmap, or spread over all of them with the optimiser's state, under jit."""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True)
+class Guard(_Strict):
+    """What is done about a bad update: one whose loss or gradient is not finite, or whose gradient is a spike."""
+
+    skips: Count = 0
+    """Bad updates in a row that are left out; one more ends the run, with what was saved before kept."""
+    spike: Annotated[float, Interval(gt=1)] | None = None
+    """A gradient of this many times the recent mean norm is a spike; None calls none so."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +305,7 @@ class Config(_Strict):
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    guard: Guard = Guard()
     run: Run = Run()
     sampling: Sampling = Sampling()
 
@@ -299,7 +319,24 @@ class AutoencoderConfig(_Strict):
     reconstruction: Reconstruction = Reconstruction()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    guard: Guard = Guard()
     run: Run = Run()
+
+
+@dataclass(frozen=True)
+class Hosts(_Strict):
+    """How the processes of a run on several hosts find each other; left as it is, there is one."""
+
+    auto: bool = False
+    """Ask the environment: a TPU pod, Slurm, Kubernetes or Open MPI."""
+    coordinator: str | None = None
+    """Address and port of host 0, as 10.0.0.2:1234."""
+    count: Positive | None = None
+    """Of hosts."""
+    index: Count | None = None
+    """Of this one, from 0."""
+    timeout: Positive = 60
+    """Seconds without a sign of life after which a host is taken for lost, and the others end."""
 
 
 CONFIGS = {"diffusion": Config, "autoencoder": AutoencoderConfig}

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxdiff import hosts
 from jaxdiff.checkpoints import load_run
 from jaxdiff.cli import parse_evaluate_options, told_in_a_sentence
 from jaxdiff.config import Sampling
 from jaxdiff.data import ImageDataset, open_dataset
-from jaxdiff.devices import over_local_devices
+from jaxdiff.devices import fetch, over_devices, put
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import clip_x0, condition
 from jaxdiff.images import to_float
@@ -87,7 +88,7 @@ def measure_bits(
     """
     if diffuser.autoencoder:
         raise JaxdiffError("This model draws latents, of which images have no density: leave --bits-images at 0.")
-    split, whole = over_local_devices()
+    split, whole = over_devices()
     process, size = diffuser.process, int(np.prod(diffuser.image_shape))
     grid = make_grid(process, process.timesteps or 1000)
 
@@ -105,17 +106,17 @@ def measure_bits(
         return {name: bits_per_dim(value, size) for name, value in (flow | {"bound_bits": -bound}).items()}
 
     read = with_prompts(diffuser, dataset).read
-    num, params = min(num, dataset.size), jax.device_put(params, whole)
-    batch_size = -(-min(batch_size, num) // jax.local_device_count()) * jax.local_device_count()
+    num, params = min(num, dataset.size), put(params, whole)
+    batch_size = -(-min(batch_size, num) // jax.device_count()) * jax.device_count()
     found = []
     with tqdm(total=num, unit="image", disable=None) as progress:
         for begin in range(0, num, batch_size):
             index = np.arange(begin, begin + batch_size)
             batch = read(np.minimum(index, num - 1))  # a last batch of the same size, for one compilation
             keys = example_keys(jax.random.key(seed), index)
-            rows = jax.device_put((batch["image"], prompt_of(diffuser, batch), keys), split)
+            rows = put((batch["image"], prompt_of(diffuser, batch), keys), split)
             count = min(batch_size, num - begin)
-            found.append({name: np.asarray(value)[:count] for name, value in bits(params, *rows).items()})
+            found.append({name: value[:count] for name, value in fetch(bits(params, *rows)).items()})
             progress.update(count)
     together = {name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]}
     told = {name: float(value.mean()) for name, value in together.items()}
@@ -129,6 +130,7 @@ def main(args: Sequence[str]) -> int:
     extractors: list[Extractor] = [PIXELS] if options.pixels else []
     extractors += [classifier_features(options.classifier)] if options.classifier else []
     extractors += [inception_features(options.inception)] if options.inception else []
+    hosts.join(options.hosts)
     diffuser, params, step = load_run(options.workdir, options.checkpoint)
     data = diffuser.config.data
     split = options.split or data.eval_split or data.split
@@ -165,7 +167,8 @@ def main(args: Sequence[str]) -> int:
             num_terms=options.bound_terms,
             rtol=options.rtol,
         )
-    print(json.dumps(told))
+    if hosts.is_leader():
+        print(json.dumps(told))
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from etils import epath
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
@@ -77,7 +78,7 @@ def _format(path: str | Path) -> str:
 
 
 def _write(path: str | Path, content: bytes) -> None:
-    path = Path(path)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")  # so that what bears the name is always whole
     part.write_bytes(content)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxdiff import models
 from jaxdiff.config import SOLVER_OPTIONS, Config, Sampling, SimpleUNet, Text
 from jaxdiff.config import AutoencoderKL as AutoencoderSection
-from jaxdiff.devices import over_local_devices
+from jaxdiff.devices import fetch, over_devices, put
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.guidance import (
     THRESHOLDS,
@@ -348,7 +348,9 @@ def generate(
     frames: int = 0,
     draw: Callable | None = None,
 ) -> Iterator[Drawn]:
-    """Draw an image for each row of a request, in batches over this host's devices; a Drawn holds at most batch_size.
+    """Draw an image for each row of a request, in batches over all devices; a Drawn holds at most batch_size.
+
+    Where there are several hosts, all ask for the same, and each gets all of it.
 
     The i-th image depends on the seed, i, its row and the options alone, to rounding: not on the batch size or the
     devices. strength: the share of the steps that are taken from the request's image on. `frames` is as in
@@ -369,16 +371,16 @@ def generate(
             raise JaxdiffError(f"For {num} images of this model a request's {name} is {fits}, not {given}.")
     if draw is None:
         draw = make_sampler(diffuser, threshold=sampling.threshold, frames=frames)
-    split, whole = over_local_devices()
-    devices = jax.local_device_count()
+    split, whole = over_devices()
+    devices = jax.device_count()
     batch_size = -(-min(batch_size, num) // devices) * devices
-    params = jax.device_put(params, whole)
+    params = put(params, whole)
     key = jax.random.key(seed)
     for start in range(0, num, batch_size):
         index = start + np.arange(batch_size)
         at = operator.itemgetter(np.minimum(index, num - 1))  # a last batch of the same size, for one compilation
-        keys = jax.device_put(example_keys(key, index), split)
-        drawn = draw(params, table, keys, jax.device_put(jax.tree.map(at, request), split), guidance)
+        keys = put(example_keys(key, index), split)
+        drawn = fetch(draw(params, table, keys, put(jax.tree.map(at, request), split), guidance))
         count = min(batch_size, num - start)
-        passed = None if drawn.frames is None else np.asarray(drawn.frames)[:, :count]
-        yield Drawn(np.asarray(drawn.images)[:count], passed)
+        passed = None if drawn.frames is None else drawn.frames[:, :count]
+        yield Drawn(drawn.images[:count], passed)

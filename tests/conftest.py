@@ -27,6 +27,11 @@ TINY = ["--config", str(ROOT / "tests" / "fixtures" / "tiny_recipe.py")]
 """What train.py is told for a run of seconds."""
 
 
+def split_over(count, batch):
+    """A batch as a pmapped step takes it: [count x B, ...] to [count, B, ...]."""
+    return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The workdir of a finished run with the options TINY: read it, and copy it to change it."""

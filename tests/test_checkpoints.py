@@ -23,6 +23,10 @@ def save_all(workdir, losses, keep=10):
     checkpoints.close()
 
 
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
 @pytest.fixture
 def three(tmp_path):
     """A folder with checkpoints 5, 10 (the best) and 15."""
@@ -31,11 +35,7 @@ def three(tmp_path):
 
 
 def read(workdir, step):
-    checkpoints = ckpt.open_checkpoints(workdir, writing=False)
-    try:
-        return ckpt.restore(checkpoints, step, {"state": STATE, "ema_params": EMA})
-    finally:
-        checkpoints.close()
+    return ckpt.restore(ckpt.folder_of(workdir), step, {"state": STATE, "ema_params": EMA})
 
 
 def assert_equal(one, other):
@@ -52,14 +52,14 @@ def test_a_state_is_read_back_exactly(three):
 
 def test_one_part_is_read_without_the_other(three):
     shutil.rmtree(three / "checkpoints" / "10" / "state")
-    checkpoints = ckpt.open_checkpoints(three, writing=False)
+    checkpoints = ckpt.folder_of(three)
     assert_equal(ckpt.restore(checkpoints, 10, {"ema_params": EMA}), {"ema_params": EMA})
     with pytest.raises(JaxdiffError, match="damaged"):
         read(three, 10)
 
 
 def test_other_shapes_are_refused(three):
-    checkpoints = ckpt.open_checkpoints(three, writing=False)
+    checkpoints = ckpt.folder_of(three)
     with pytest.raises(JaxdiffError, match="damaged"):
         ckpt.restore(checkpoints, 10, {"ema_params": {"w": np.zeros(6, np.float32)}})
     with pytest.raises(JaxdiffError, match="damaged"):
@@ -126,38 +126,38 @@ def test_an_emptied_checkpoint_is_told(three):
 
 
 def test_which_checkpoint(three):
-    checkpoints = ckpt.open_checkpoints(three, writing=False)
-    assert [ckpt.choose_step(checkpoints, which, three) for which in ("latest", "best", "5", 10)] == [15, 10, 5, 10]
+    checkpoints = ckpt.folder_of(three)
+    assert [ckpt.choose_step(checkpoints, which) for which in ("latest", "best", "5", 10)] == [15, 10, 5, 10]
     for which in ("7", "newest", "-5"):
         with pytest.raises(JaxdiffError, match=rf"no checkpoint {which} .*\[5, 10, 15\]"):
-            ckpt.choose_step(checkpoints, which, three)
+            ckpt.choose_step(checkpoints, which)
 
 
 def test_a_checkpoint_without_a_loss_is_never_the_best(tmp_path):
     save_all(tmp_path, {5: None, 10: 0.5, 15: None}, keep=1)
-    checkpoints = ckpt.open_checkpoints(tmp_path, writing=False)
-    assert sorted(checkpoints.all_steps()) == [10, 15]
-    assert ckpt.choose_step(checkpoints, "best", tmp_path) == 10
+    checkpoints = ckpt.folder_of(tmp_path)
+    assert steps_in(checkpoints) == [10, 15]
+    assert ckpt.choose_step(checkpoints, "best") == 10
 
 
 def test_the_best_is_the_newest_where_there_are_no_losses(tmp_path):
     save_all(tmp_path, {5: None, 10: None})
-    checkpoints = ckpt.open_checkpoints(tmp_path, writing=False)
-    assert ckpt.choose_step(checkpoints, "best", tmp_path) == 10
+    checkpoints = ckpt.folder_of(tmp_path)
+    assert ckpt.choose_step(checkpoints, "best") == 10
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save_all(tmp_path, {5: 0.3, 10: 0.1, 15: 0.4, 20: 0.2, 25: 0.5}, keep=2)
-    checkpoints = ckpt.open_checkpoints(tmp_path, writing=False)
-    assert sorted(checkpoints.all_steps()) == [10, 20, 25]
+    checkpoints = ckpt.folder_of(tmp_path)
+    assert steps_in(checkpoints) == [10, 20, 25]
 
 
 def test_the_best_is_kept_by_the_next_process(tmp_path):
     save_all(tmp_path, {5: 0.1, 10: 0.3}, keep=1)
     save_all(tmp_path, {15: 0.4, 20: 0.5}, keep=1)
-    checkpoints = ckpt.open_checkpoints(tmp_path, writing=False)
-    assert sorted(checkpoints.all_steps()) == [5, 20]
-    assert ckpt.choose_step(checkpoints, "best", tmp_path) == 5
+    checkpoints = ckpt.folder_of(tmp_path)
+    assert steps_in(checkpoints) == [5, 20]
+    assert ckpt.choose_step(checkpoints, "best") == 5
 
 
 def test_the_checksum_sees_every_byte_and_every_name():

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxdiff.data import ImageDataset
-from jaxdiff.devices import over_local_devices
+from jaxdiff.devices import fetch, over_devices, put
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.hosts import all_agree, is_leader
 from jaxdiff.images import save_arrays, to_float
 from jaxdiff.models.classifier import judge, load_classifier
 from jaxdiff.models.inception import Inception, inception_input, load_inception
@@ -63,17 +64,17 @@ def extract(
 ) -> Float[np.ndarray, "N F"]:
     """The features of images that come in batches of any size, float32, in their order.
 
-    One compiled program over this host's devices, batch_size images at a time; of the images no more than that is held.
+    One compiled program over all devices, batch_size images at a time; of the images no more than that is held.
     Raises JaxdiffError for images that are not uint8 [B, H, W, C], of a shape that the extractor does not take, and for
     none.
     """
-    split, whole = over_local_devices()
-    batch_size = -(-batch_size // jax.local_device_count()) * jax.local_device_count()
-    apply, params = jax.jit(extractor.apply), jax.device_put(extractor.params, whole)
+    split, whole = over_devices()
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    apply, params = jax.jit(extractor.apply), put(extractor.params, whole)
 
     def features(images: np.ndarray) -> np.ndarray:
         rows = np.minimum(np.arange(batch_size), len(images) - 1)  # a last batch of the same size, for one compilation
-        return np.asarray(apply(params, jax.device_put(images[rows], split)), np.float32)[: len(images)]
+        return fetch(apply(params, put(images[rows], split))).astype(np.float32)[: len(images)]
 
     found, waiting = [], None
     for images in batches:
@@ -118,7 +119,7 @@ def dataset_features(
     shape = list(dataset.image_shape)
     key = json.dumps(source | {"shape": shape, "num": num, "features": extractor.name, "params": sums}, sort_keys=True)
     path = Path(folder) / f"{extractor.name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.is_file():
+    if all_agree(path.is_file()):
         try:
             with np.load(path) as content:
                 found = {name: content[name] for name in ("features", "key")}
@@ -130,5 +131,6 @@ def dataset_features(
     logger.info("features %s of %d images, for %s", extractor.name, num, path)
     batches = (dataset.read(np.arange(i, min(i + batch_size, num)))["image"] for i in range(0, num, batch_size))
     features = extract(extractor, batches, batch_size)
-    save_arrays(path, features=features, key=key)
+    if is_leader():
+        save_arrays(path, features=features, key=key)
     return features

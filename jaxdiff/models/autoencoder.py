@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.models.attention import SpatialSelfAttention
-from jaxdiff.models.layers import GroupNorm, check_sides, conv3x3, depth_to_space, space_to_depth
+from jaxdiff.models.layers import GroupNorm, check_sides, conv3x3, depth_to_space, recomputed, space_to_depth
 from jaxdiff.models.unet import DownBlock, Downsample, MidBlock, ResnetBlock, UpBlock, Upsample
 
 
@@ -114,6 +114,7 @@ class AutoencoderKL(nn.Module):
     mid_attention: whether the lowest level attends, with a single head over all channels.
     patch_size: p x p pixels enter as one with p^2 times the channels: wide layers at low resolution.
     dtype: of the computation, float32 or bfloat16; parameters and the statistics of norms stay float32.
+    remat: works out again in the backward pass what is inside each block, to save memory.
     num_groups, eps: as in diffusers' configurations.
     """
 
@@ -126,16 +127,18 @@ class AutoencoderKL(nn.Module):
     num_groups: int = 32
     eps: float = 1e-6
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         """Name the four parts."""
         norm = {"num_groups": self.num_groups, "eps": self.eps, "dtype": self.dtype}
+        attention = recomputed(SpatialSelfAttention, self.remat)
         parts = {
             "channels": self.channels,
             "layers": self.layers_per_block,
             "norm": partial(GroupNorm, **norm),
-            "resnet": partial(ResnetBlock, **norm),
-            "attention": partial(SpatialSelfAttention, num_heads=1, **norm) if self.mid_attention else None,
+            "resnet": partial(recomputed(ResnetBlock, self.remat, static_argnums=(3,)), **norm),
+            "attention": partial(attention, num_heads=1, **norm) if self.mid_attention else None,
             "dtype": self.dtype,
         }
         self.encoder = Encoder(2 * self.latent_channels, **parts)

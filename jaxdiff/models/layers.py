@@ -108,6 +108,14 @@ def depth_to_space(x: Float[Array, "B H W p*p*C"], patch_size: int) -> Float[Arr
     return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=patch_size, q=patch_size)
 
 
+def recomputed(block: type[nn.Module], remat: bool, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+    """A block of which the backward pass keeps the inputs alone, and works out the rest again; itself if not `remat`.
+
+    static_argnums: the arguments that are Python values, the module itself being number 0.
+    """
+    return nn.remat(block, static_argnums=static_argnums) if remat else block
+
+
 def check_sides(what: str, x: Float[Array, "B H W C"], levels: int, patch_size: int) -> None:
     """JaxdiffError, in one sentence, where an image can not be halved as often as `what` wants to."""
     (height, width), factor = x.shape[1:3], patch_size * 2 ** (levels - 1)

@@ -21,6 +21,7 @@ from jaxdiff.models.layers import (
     check_sides,
     conv3x3,
     depth_to_space,
+    recomputed,
     sinusoidal_embedding,
     space_to_depth,
     upsample_nearest,
@@ -170,6 +171,7 @@ class UNet(nn.Module):
     scale_shift: the time scales and shifts the second norm's output (ADM), and is not added before it (DDPM).
     patch_size: p x p pixels enter as one with p^2 times the channels: wide layers at low resolution.
     dtype: of the computation, float32 or bfloat16; parameters and the statistics of norms stay float32.
+    remat: works out again in the backward pass what is inside each residual and attention block, to save memory.
     num_groups, eps, flip_sin_to_cos, freq_shift, downsample_padding: as in diffusers' configurations.
     """
 
@@ -192,6 +194,7 @@ class UNet(nn.Module):
     freq_shift: int = 0
     downsample_padding: int = 1
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -210,7 +213,7 @@ class UNet(nn.Module):
         cond = cond or Condition()
         self._check(x, cond)
         resnet = partial(
-            ResnetBlock,
+            recomputed(ResnetBlock, self.remat, static_argnums=(3,)),
             scale_shift=self.scale_shift,
             dropout=self.dropout,
             num_groups=self.num_groups,
@@ -220,9 +223,11 @@ class UNet(nn.Module):
         heads = {"num_heads": self.num_heads, "dim_head": self.dim_head}
         norm = {"num_groups": self.num_groups, "dtype": self.dtype}
         if self.context_dim is None:
-            attention = partial(SpatialSelfAttention, eps=self.eps, **heads, **norm)
+            attention = partial(recomputed(SpatialSelfAttention, self.remat), eps=self.eps, **heads, **norm)
         else:
-            attention = partial(SpatialTransformer, depth=self.transformer_depth, **heads, **norm)
+            attention = partial(
+                recomputed(SpatialTransformer, self.remat), depth=self.transformer_depth, **heads, **norm
+            )
 
         time_dim = 4 * self.channels[0]
         time = sinusoidal_embedding(

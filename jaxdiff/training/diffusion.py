@@ -10,7 +10,7 @@ import numpy as np
 from jaxdiff.data import ImageDataset
 from jaxdiff.data.captions import captioned, tokenized, uncaptioned
 from jaxdiff.data.dataset import precomputed
-from jaxdiff.devices import over_local_devices
+from jaxdiff.devices import fetch, over_devices, put
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.images import to_float
 from jaxdiff.latents import draw_latents, posterior
@@ -112,8 +112,8 @@ def encoded(diffuser: Diffuser, frozen: Params, dataset: ImageDataset) -> ImageD
         return dataset
     if config.data.flip:
         raise JaxdiffError("data.flip mirrors images, and latent.cache encodes them before: set one of them to False.")
-    split, whole = over_local_devices()
-    frozen = jax.device_put(frozen, whole)
+    split, whole = over_devices()
+    frozen = put(frozen, whole)
 
     @jax.jit
     def moments_of(frozen: Any, images: jax.Array) -> jax.Array:
@@ -121,9 +121,9 @@ def encoded(diffuser: Diffuser, frozen: Params, dataset: ImageDataset) -> ImageD
 
     def encode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         images = batch.pop("image")
-        return batch | {"moments": np.asarray(moments_of(frozen, jax.device_put(images, split)))}
+        return batch | {"moments": fetch(moments_of(frozen, put(images, split)))}
 
-    return precomputed(dataset, encode, block=256 * jax.local_device_count(), what="encoding")
+    return precomputed(dataset, encode, block=256 * jax.device_count(), what="encoding")
 
 
 def with_prompts(diffuser: Diffuser, dataset: ImageDataset) -> ImageDataset:

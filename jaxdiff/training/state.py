@@ -1,6 +1,6 @@
 """Everything that training changes, in one pytree, and the optimiser that changes it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -11,9 +11,22 @@ from jaxdiff.config import Optimizer, Train
 from jaxdiff.training.learner import Learner
 
 
+class Guarded(NamedTuple):
+    """What is known of bad updates: see `jaxdiff.config.Guard`.
+
+    good: updates made, [] int32. in_row: bad ones since the last that was made. most: of these, since the last report.
+    norm: the recent mean norm of the gradient.
+    """
+
+    good: jax.Array
+    in_row: jax.Array
+    most: jax.Array
+    norm: jax.Array
+
+
 @flax.struct.dataclass
 class TrainState:
-    """The state after `step` updates.
+    """The state after `step` steps, each an update or one that was left out.
 
     ema_params: the moving average of those parts of params which samples are drawn from. sums: of each metric over the
     steps since it was last reported, and their "count"; part of the state so that a resumed run reports what an
@@ -25,11 +38,14 @@ class TrainState:
     ema_params: Any
     opt_state: Any
     sums: dict[str, jax.Array]
+    guarded: Guarded
 
 
 def zero_sums(learner: Learner) -> dict[str, jax.Array]:
-    """Sums over no steps: of what its losses tell, of the norm of the gradient, and how many steps there were."""
-    return {name: jnp.zeros(()) for name in (*learner.metrics, "grad_norm", "count")}
+    """Sums over no steps: of what its losses tell, of the norm of the gradient, and of how many steps; left-out ones
+    count in "skipped" alone.
+    """
+    return {name: jnp.zeros(()) for name in (*learner.metrics, "grad_norm", "count", "skipped")}
 
 
 def learning_rate_schedule(optimizer: Optimizer, train: Train) -> optax.Schedule:
@@ -65,4 +81,5 @@ def init_state(learner: Learner) -> TrainState:
     params = jax.jit(learner.init)(jax.random.key(config.train.seed))
     opt_state = make_optimizer(config.optimizer, config.train).init(params)
     ema_params = jax.tree.map(jnp.copy, {name: params[name] for name in learner.averaged})
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, zero_sums(learner))
+    none = jnp.zeros((), jnp.int32)
+    return TrainState(none, params, ema_params, opt_state, zero_sums(learner), Guarded(none, none, none, jnp.zeros(())))

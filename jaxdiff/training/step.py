@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxdiff.training.learner import Learner, Place
-from jaxdiff.training.state import TrainState, make_optimizer
+from jaxdiff.training.state import Guarded, TrainState, make_optimizer
+
+SETTLED = 20
+"""Updates after which the mean norm of the gradient is one to measure spikes by."""
 
 
 def make_train_step(
@@ -19,7 +22,7 @@ def make_train_step(
     batch: {"image": uint8 [B, H, W, C], "label": [B]} or what else the learner's losses read, this device's part of the
     global batch. frozen: the learner's, an argument so that they are no constants of the program. Under `jax.pmap`,
     give its axis_name: gradients are averaged over it, once a step. All randomness is a function of the seed and
-    `state.step`.
+    `state.step`. An update that is bad by `config.guard` is left out: it changes nothing but the counts.
     """
     config = learner.config
     optimizer = make_optimizer(config.optimizer, config.train)
@@ -53,15 +56,35 @@ def make_train_step(
         if axis_name is not None:
             grads, means = jax.lax.pmean((grads, means), axis_name)
 
+        grad_norm, guarded = optax.tree.norm(grads), state.guarded
+        bad = ~jnp.isfinite(means["loss"]) | ~jnp.isfinite(grad_norm)
+        if config.guard.spike:
+            bad |= (guarded.good >= SETTLED) & (grad_norm > config.guard.spike * guarded.norm)
+        unless_bad = lambda new, old: jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)  # noqa: E731
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # the average begins short, as a mean over the first steps would, and reaches its full length later
         decay = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
         followed = {name: params[name] for name in learner.averaged}
         ema_params = optax.incremental_update(followed, state.ema_params, 1 - decay)
-        metrics = means | {"grad_norm": optax.tree.norm(grads), "count": 1.0}
-        sums = {name: state.sums[name] + value for name, value in metrics.items()}
-        return TrainState(state.step + 1, params, ema_params, opt_state, sums)
+        metrics = means | {"grad_norm": grad_norm, "count": 1.0}
+        sums = {name: state.sums[name] + jnp.where(bad, 0, value) for name, value in metrics.items()}
+        in_row = jnp.where(bad, guarded.in_row + 1, 0)
+        recent = jnp.minimum(0.98, guarded.good / (guarded.good + 1))
+        return TrainState(
+            step=state.step + 1,
+            params=unless_bad(params, state.params),
+            ema_params=unless_bad(ema_params, state.ema_params),
+            opt_state=unless_bad(opt_state, state.opt_state),
+            sums=sums | {"skipped": state.sums["skipped"] + bad},
+            guarded=Guarded(
+                good=guarded.good + ~bad,
+                in_row=in_row,
+                most=jnp.maximum(guarded.most, in_row),
+                norm=unless_bad(recent * guarded.norm + (1 - recent) * grad_norm, guarded.norm),
+            ),
+        )
 
     return train_step
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, split_over
 from flax import jax_utils
 
 from jaxdiff import config as c
@@ -18,7 +18,7 @@ from jaxdiff.models import LPIPS, DiagonalGaussian, PatchDiscriminator
 from jaxdiff.sampling import example_keys
 from jaxdiff.training import Place, autoencoder_learner, init_state, make_train_step
 from jaxdiff.training.autoencoder import example_losses
-from jaxdiff.training.loop import make_evaluation, split_over_devices
+from jaxdiff.training.loop import make_evaluation
 
 CONFIG = c.load_recipe(ROOT / "tests" / "fixtures" / "tiny_vae_recipe.py")
 SHAPE = (16, 16, 1)  # of a size that the discriminator's convolutions leave something of
@@ -114,7 +114,7 @@ def test_a_step_does_not_depend_on_the_number_of_devices(monkeypatch):
     devices = jax.devices()[:4]
     state, frozen = jax_utils.replicate((init_state(learner), learner.frozen), devices)
     step = jax.pmap(make_train_step(learner, "batch"), axis_name="batch", devices=devices)
-    four = jax_utils.unreplicate(step(state, split_over_devices(BATCH, 2), frozen))
+    four = jax_utils.unreplicate(step(state, split_over(len(devices), BATCH), frozen))
     assert set(one.params) == {"autoencoder", "discriminator"}
     assert set(one.ema_params) == {"autoencoder"}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, jax.device_get(four))

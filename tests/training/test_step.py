@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import split_over
 from flax import jax_utils
 
 from jaxdiff.config import Config, Diffusion, Optimizer, Train
@@ -16,7 +17,7 @@ from jaxdiff.pipelines import Diffuser
 from jaxdiff.schedules import make_process
 from jaxdiff.training import Place, diffusion_learner, init_state, make_eval_losses, make_train_step
 from jaxdiff.training.diffusion import example_losses
-from jaxdiff.training.loop import make_evaluation, split_over_devices
+from jaxdiff.training.loop import make_evaluation
 from jaxdiff.training.state import learning_rate_schedule
 
 SHAPE = (4, 4, 1)
@@ -68,7 +69,7 @@ def steps_on(count, diffuser, steps=3):
     step = jax.pmap(make_train_step(diffusion_learner(diffuser), "batch"), axis_name="batch", devices=devices)
     state = jax_utils.replicate(init_state(diffusion_learner(diffuser)), devices)
     for i in range(steps):
-        state = step(state, split_over_devices(make_batch(seed=i), BATCH // count))
+        state = step(state, split_over(count, make_batch(seed=i)))
     for leaf in jax.tree.leaves(state):  # the devices' copies must not drift apart
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0], state)
