@@ -76,11 +76,13 @@ def replicated(learner: Learner) -> Layout:
 
 
 def sharded(learner: Learner) -> Layout:
-    """Every array cut along its longest side that divides by the number of devices; the compiler sends what is needed.
+    """Every array cut along its longest side that divides by the number of devices (ZeRO, Rajbhandari et al. 2020).
 
-    The same step as under pmap, seen by jit as one computation on the whole batch (Xu et al. 2021, GSPMD).
+    The same step as under pmap, seen by jit as one computation on the whole batch, from which the compiler finds what
+    is to be sent (GSPMD, Xu et al. 2021): parameters are gathered for the loss, and gradients summed and scattered.
     """
     split, copied = over_devices()
+    gather = lambda params: jax.lax.with_sharding_constraint(params, copied)  # noqa: E731
     mesh: Mesh = split.mesh
 
     def place(x: Any) -> NamedSharding:
@@ -97,7 +99,7 @@ def sharded(learner: Learner) -> Layout:
         return jax.tree.map(lambda *x: jax.make_array_from_process_local_data(along, np.stack(x)), *batches)
 
     def compile(count: int, state: Any, *args: Any) -> jax.stages.Compiled:
-        steps = in_a_row(make_train_step(learner), count)
+        steps = in_a_row(make_train_step(learner, gather=gather), count)
         out = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(steps, out_shardings=out, donate_argnums=0).lower(state, *args).compile()
 

@@ -1,5 +1,6 @@
 """Everything that training changes, in one pytree, and the optimiser that changes it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -81,5 +82,6 @@ def init_state(learner: Learner) -> TrainState:
     params = jax.jit(learner.init)(jax.random.key(config.train.seed))
     opt_state = make_optimizer(config.optimizer, config.train).init(params)
     ema_params = jax.tree.map(jnp.copy, {name: params[name] for name in learner.averaged})
-    none = jnp.zeros((), jnp.int32)
-    return TrainState(none, params, ema_params, opt_state, zero_sums(learner), Guarded(none, none, none, jnp.zeros(())))
+    count = partial(jnp.zeros, (), jnp.int32)  # an array each: a step is given them to use up
+    guarded = Guarded(count(), count(), count(), jnp.zeros(()))
+    return TrainState(count(), params, ema_params, opt_state, zero_sums(learner), guarded)

@@ -15,14 +15,15 @@ SETTLED = 20
 
 
 def make_train_step(
-    learner: Learner, axis_name: str | None = None
+    learner: Learner, axis_name: str | None = None, gather: Callable[[Any], Any] = lambda params: params
 ) -> Callable[[TrainState, dict[str, jax.Array], Any], TrainState]:
     """The pure train_step(state, batch, frozen) -> state; its metrics are added to `state.sums`.
 
     batch: {"image": uint8 [B, H, W, C], "label": [B]} or what else the learner's losses read, this device's part of the
     global batch. frozen: the learner's, an argument so that they are no constants of the program. Under `jax.pmap`,
-    give its axis_name: gradients are averaged over it, once a step. All randomness is a function of the seed and
-    `state.step`. An update that is bad by `config.guard` is left out: it changes nothing but the counts.
+    give its axis_name: gradients are averaged over it, once a step. Under `jax.jit`, `gather` may say how parameters
+    that are sharded lie while the loss is worked out. All randomness is a function of the seed and `state.step`. An
+    update that is bad by `config.guard` is left out: it changes nothing but the counts.
     """
     config = learner.config
     optimizer = make_optimizer(config.optimizer, config.train)
@@ -38,7 +39,7 @@ def make_train_step(
             part_batch, part_index = part
             dropout = jax.random.fold_in(dropout_key, part_index[0])
             place = Place(key, part_index, local_size * devices, state.step, dropout)
-            means = jax.tree.map(jnp.mean, learner.losses(frozen | params, part_batch, place))
+            means = jax.tree.map(jnp.mean, learner.losses(gather(frozen | params), part_batch, place))
             return means["loss"], means
 
         gradient = jax.grad(loss_of, has_aux=True)
