@@ -139,8 +139,9 @@ def _shapes_of(model: Diffuser | Autoencoder) -> tuple[dict[str, Any], dict[str,
 
 
 def folder_of(workdir: epath.PathLike, name: str = "checkpoints") -> epath.Path:
-    """Where the checkpoints of a run are."""
-    return Path(workdir).absolute() / name
+    """Where the checkpoints of a run are, absolute as Orbax wants it."""
+    path = Path(workdir)
+    return (path if "://" in str(workdir) else path.absolute()) / name
 
 
 def open_checkpoints(workdir: epath.PathLike, keep: int = 1, name: str = "checkpoints") -> ocp.CheckpointManager:
