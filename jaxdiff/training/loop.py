@@ -47,7 +47,7 @@ def fit(config: Config | AutoencoderConfig, workdir: epath.PathLike) -> int:
         layout = make_layout(learner)
         start, state = start_or_resume(learner, layout, workdir)
         with Reporter(workdir, start, config.train.steps, config.run.tensorboard) as report:
-            size = sum(x.size for x in jax.tree.leaves(state.params))
+            size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0))))
             several = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
             report.say(
                 f"{size:,} parameters, {dataset.size:,} images {'x'.join(map(str, dataset.image_shape))}, "
@@ -70,16 +70,16 @@ def fit(config: Config | AutoencoderConfig, workdir: epath.PathLike) -> int:
 
 
 def start_or_resume(learner: Learner, layout: Layout, workdir: epath.PathLike) -> tuple[int, TrainState]:
-    """The step that a run is at, and its state there, whole: the newest that reads, or the first."""
+    """The step that a run is at, and its state there, as the step takes it: the newest that reads, or the first."""
     init = partial(init_state, learner)
     shapes = jax.eval_shape(init)
     places = layout.place(shapes)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
     found = ckpt.resume(workdir, parts_of(like))
     if found is None:
-        return 0, jax.jit(init, out_shardings=places)()
+        return 0, layout.enter(jax.jit(init, out_shardings=places)())
     step, parts = found
-    return step, parts["state"].replace(ema_params=parts["ema_params"])
+    return step, layout.enter(parts["state"].replace(ema_params=parts["ema_params"]))
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
@@ -113,8 +113,7 @@ def run_steps(
     shard = (jax.process_index(), jax.process_count())
     read = learner.prepare(dataset, cache=True)
     source = batches(read, config.train.batch_size, seed=config.train.seed, flip=config.data.flip, shard=shard)
-    frozen = put(learner.frozen, layout.place(learner.frozen))
-    state, frozen = layout.enter(state), layout.enter(frozen)
+    frozen = layout.enter(put(learner.frozen, layout.place(learner.frozen)))
     evaluate = make_evaluation(learner, eval_dataset, config.run.eval_images) if eval_dataset else None
     preview = learner.make_preview(dataset)
     learning_rate = learning_rate_schedule(config.optimizer, config.train)
