@@ -2,7 +2,7 @@
 
 A tiny run of the digits is started again and again by the same command and ended by SIGKILL, now and then by SIGTERM,
 at a time drawn at random; then it is let go to its end. A JSON line tells whether its parameters, and every line of its
-metrics, are those of a run that nobody disturbed.
+training's metrics, are those of a run that nobody disturbed.
 """
 
 import argparse
@@ -34,8 +34,9 @@ def command(workdir, steps):
 
 
 def lines_of(workdir):
-    """The metrics of a run, without the times."""
+    """The metrics of training, without the times; a run that is asked to stop has no time to evaluate there."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
 
