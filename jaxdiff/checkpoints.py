@@ -222,7 +222,7 @@ def restore(folder: epath.Path, step: int, like: dict[str, Any]) -> dict[str, An
     template = jax.tree.map(_as_template, like)
     problem, restored = None, None
     if hosts.is_leader():  # one reads for all, before they begin to wait for each other
-        problem = _problem(lambda: [_read_through(where / name) for name in like])
+        problem = _problem(lambda: [_read_through(where / name, tree) for name, tree in like.items()])
     if hosts.all_agree(problem is None):
         args = {name: ocp.args.StandardRestore(tree) for name, tree in template.items()}
         args |= {"checksums": ocp.args.JsonRestore()}
@@ -311,14 +311,22 @@ def _as_template(x: Any) -> Any:
     return x if placed else np.empty(x.shape, x.dtype)
 
 
-def _read_through(part: epath.Path) -> None:
-    """Read every value of a part, one after the other.
+def _read_through(part: epath.Path, like: Any) -> None:
+    """Compare a part's arrays with those of a tree, and read every value, one after the other.
 
     Orbax reads them side by side, and when one fails the others print tracebacks of the event loop that it left.
     """
     base = f"{part}/" if "://" in str(part) else f"file://{part}/"
     database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    for key in database.list().result():
+    keys = database.list().result()
+    if not keys:  # also what a missing manifest looks like
+        raise ValueError(f"{part.name} has no arrays")
+    ours, saved = _shapes_by_name(like), _shapes_by_name(ocp.StandardCheckpointHandler().metadata(part).tree)
+    for name in sorted({**ours, **saved}):
+        if ours.get(name) != saved.get(name):
+            found, wanted = saved.get(name, "nothing"), ours.get(name, "nothing")
+            raise ValueError(f"{part.name} has {found} as {name}, and not {wanted}")
+    for key in keys:
         database.read(key).result()
 
 
@@ -326,6 +334,12 @@ def _damaged(where: Path, reason: str) -> str:
     others = sorted(int(path.name) for path in where.parent.iterdir() if path.name.isdecimal() and path != where)
     rest = f"there are also {', '.join(map(str, others))}" if others else "there is no other"
     return f"The checkpoint {where} is damaged ({reason}): delete that folder to go on from another; {rest}."
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a tree by its path, as "opt_state.1.0.mu"."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in paths}
 
 
 def _shapes(tree: Any) -> list[tuple]:

@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,13 @@ TINY = ["--config", str(ROOT / "tests" / "fixtures" / "tiny_recipe.py")]
 def split_over(count, batch):
     """A batch as a pmapped step takes it: [count x B, ...] to [count, B, ...]."""
     return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let go of what a file compiled: no other uses it, and the whole suite's is many gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -43,13 +43,10 @@ def replicated(learner: Learner) -> Layout:
     split, copied = over_devices()
     local = jax.local_device_count()
 
-    def enter(x: jax.Array) -> jax.Array:
-        copies = [shard.data[None] for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays((jax.device_count(), *x.shape), split, copies)
-
-    def leave(x: jax.Array) -> jax.Array:
-        copies = [shard.data[0] for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape[1:], copied, copies)
+    def on_each(cut: Callable, before: PartitionSpec, after: PartitionSpec) -> Callable:
+        """What each device does with its copy of each array, as one program for a whole tree."""
+        cut_all = lambda tree: jax.tree.map(cut, tree)  # noqa: E731
+        return jax.jit(jax.shard_map(cut_all, mesh=split.mesh, in_specs=before, out_specs=after, check_vma=False))
 
     def cut(*parts: np.ndarray) -> np.ndarray:
         """A host's parts [devices x B, ...] of k batches to [devices, B, ...] or, where k > 1, [devices, k, B, ...]."""
@@ -68,8 +65,8 @@ def replicated(learner: Learner) -> Layout:
 
     return Layout(
         place=lambda tree: jax.tree.map(lambda _: copied, tree),
-        enter=lambda tree: jax.tree.map(enter, tree),
-        leave=lambda tree: jax.tree.map(leave, tree),
+        enter=on_each(lambda x: x[None], copied.spec, split.spec),
+        leave=on_each(lambda x: x[0], split.spec, copied.spec),
         feed=feed,
         compile=compile,
     )

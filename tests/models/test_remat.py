@@ -1,5 +1,7 @@
 """Blocks whose insides are worked out again in the backward pass: the same gradients, from fewer numbers kept."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +19,14 @@ def unet(remat, cond, **conditions):
         out_channels=1, attention_levels=(1,), num_heads=2, dropout=0.1, remat=remat, **SIZES, **conditions
     )
     args = (X, jnp.linspace(0, 1, 4), cond)
-    return model.init(jax.random.key(0), *args), lambda params: model.apply(
+    return jax.jit(model.init)(jax.random.key(0), *args), lambda params: model.apply(
         params, *args, train=True, rngs={"dropout": jax.random.key(1)}
     )
 
 
 def autoencoder(remat):
     model = models.AutoencoderKL(latent_channels=2, out_channels=1, remat=remat, **SIZES)
-    return model.init(jax.random.key(0), X), lambda params: model.apply(params, X)
+    return jax.jit(model.init)(jax.random.key(0), X), lambda params: model.apply(params, X)
 
 
 CASES = {
@@ -40,9 +42,9 @@ def test_the_gradients_are_the_same_and_less_is_kept(case):
     for remat in (False, True):
         params, apply = CASES[case](remat)
         params = jax.tree.map(lambda x: x + 0.1, params)  # so that no layer gives zero
-        out, pull = jax.vjp(apply, params)
+        out, pull = jax.jit(partial(jax.vjp, apply))(params)
         kept = sum(x.nbytes for x in jax.tree.leaves(pull))
-        (gradient,) = pull(out)
+        (gradient,) = jax.jit(pull)(out)
         results[remat] = out, kept, jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradient)])
     (a, kept, gradient), (b, kept_with_remat, gradient_with_remat) = results[False], results[True]
     np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,8 @@ from conftest import TINY
 import sample
 import train
 from jaxdiff import checkpoints as ckpt
+from jaxdiff.training import diffusion_learner, init_state
+from jaxdiff.training.loop import parts_of
 
 
 def files(folder):
@@ -87,21 +89,40 @@ FROM_BEFORE = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def like(tiny_run):
+    """The shapes of what the tiny run saved."""
+    learner = diffusion_learner(ckpt.read_run(tiny_run))
+    return parts_of(jax.eval_shape(lambda: init_state(learner)))
+
+
 @pytest.mark.parametrize("harm", FROM_BEFORE)
-def test_a_damaged_newest_checkpoint_is_passed_over(harm, tiny_run, tiny_copy, capfd):
-    checkpoints = tiny_copy / "checkpoints"
-    harm(checkpoints / "60")
+def test_a_damaged_newest_checkpoint_is_passed_over(harm, like, tiny_copy, caplog):
+    folder = tiny_copy / "checkpoints"
+    before = ckpt.restore(folder, 48, like)
+    harm(folder / "60")
+    step, found = ckpt.resume(tiny_copy, like)
+    assert step == 48
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if harm is not interrupt_the_rename:  # which no one takes for a checkpoint
+        assert f"{folder / '60'} is damaged" in caplog.text
+        assert "That of step 48 is taken." in caplog.text
+        assert (tiny_copy / "damaged" / "60_0").is_dir()
+    assert int(max(path.name for path in folder.iterdir() if path.name.isdecimal())) == 48
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_one_before_the_damaged_one(tiny_run, tiny_copy, capfd):
+    flip_bytes(tiny_copy / "checkpoints" / "60")
+    (tiny_copy / "checkpoints" / "59.orbax-checkpoint-tmp").mkdir()  # and one more was never finished
     capfd.readouterr()
     assert train.main([*TINY, "--workdir", str(tiny_copy)]) == 0
     said = capfd.readouterr()
     assert "going on from step 48" in said.out
+    assert "That of step 48 is taken." in said.err
     assert "Traceback" not in said.err
-    if harm is not interrupt_the_rename:
-        assert f"{checkpoints / '60'} is damaged" in said.err
-        assert "That of step 48 is taken." in said.err
-        assert (tiny_copy / "damaged" / "60_0").is_dir()
-    assert sorted(int(path.name) for path in checkpoints.iterdir())[-2:] == [48, 60]
+    assert sorted(path.name for path in (tiny_copy / "checkpoints").iterdir())[-2:] == ["48", "60"]
     ours, theirs = (ckpt.load_run(workdir)[1] for workdir in (tiny_copy, tiny_run))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -134,7 +155,7 @@ def test_a_config_of_something_else_is_refused(tiny_copy, one_sentence):
     content["config"]["model"]["channels"] = [16]
     path.write_text(json.dumps(content))
     said = one_sentence(train.main, [*TINY, "--workdir", tiny_copy, "--model.channels", "16", "--train.steps", "70"])
-    assert f"{tiny_copy / 'checkpoints' / '60'} is damaged (" in said
+    assert f"{tiny_copy / 'checkpoints' / '60'} is damaged (state has (11," in said
     path.write_text(path.read_text()[:100])
     said = one_sentence(train.main, [*TINY, "--workdir", tiny_copy])
     assert "config.json is damaged" in said
