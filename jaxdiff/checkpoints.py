@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, type_handlers
 
 from jaxdiff import hosts
 from jaxdiff.config import CONFIGS, AutoencoderConfig, AutoencoderKL, Config, differences, from_dict, to_dict
@@ -162,7 +162,23 @@ def open_checkpoints(workdir: epath.PathLike, keep: int = 1, name: str = "checkp
         best_fn=_loss,  # the policy decides, but without this the metrics are not written, and lost with the process
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(folder_of(workdir, name), options=options)
+    return ocp.CheckpointManager(folder_of(workdir, name), options=options, handler_registry=_handlers())
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Orbax's own, of which each device writes its part of an array that all have only where that is 1 MiB or more.
+
+    It would otherwise cut every array on every device while the next step waits: seven times as long for 400 small
+    ones on eight devices, in seven times as many pieces.
+    """
+    arrays = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler()),
+        (jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=arrays))
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -177,7 +193,8 @@ def save(checkpoints: ocp.CheckpointManager, step: int, parts: dict[str, Any], l
     candidate.
     Raises JaxdiffError where this or an earlier save fails.
     """
-    args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
+    as_arrays = lambda tree: jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)  # noqa: E731
+    args = {name: ocp.args.PyTreeSave(as_arrays(tree)) for name, tree in parts.items()}
     sums = {name: checksum(tree) for name, tree in parts.items()}
     args |= {"checksums": ocp.args.JsonSave(sums)}
     metrics = {} if loss is None else {"loss": loss}
