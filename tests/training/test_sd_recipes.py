@@ -21,7 +21,8 @@ def take_a_step(learner, dataset):
     """The state after one step on the first batch."""
     train = learner.config.train
     batch = batches(learner.prepare(dataset, cache=True), train.batch_size, flip=learner.config.data.flip)[0]
-    return jax.jit(make_train_step(learner))(init_state(learner), batch, learner.frozen)
+    state = jax.jit(lambda: init_state(learner))()
+    return jax.jit(make_train_step(learner))(state, batch, learner.frozen)
 
 
 @pytest.fixture
@@ -72,5 +73,4 @@ def test_a_step_of_the_autoencoder_and_one_of_what_diffuses_its_latents(folder, 
     assert set(learner.frozen) == {"autoencoder", "latents"}
     state = take_a_step(learner, dataset)
     assert 0.5 < float(state.sums["loss"]) < 2  # of a network whose last layer is zero: the variance of eps
-    fresh = init_state(learner).params["network"]["conv_out"]["kernel"]
-    assert float(jnp.abs(state.params["network"]["conv_out"]["kernel"] - fresh).max()) > 0
+    assert float(jnp.abs(state.params["network"]["conv_out"]["kernel"]).max()) > 0
