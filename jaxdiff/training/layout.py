@@ -1,6 +1,7 @@
 """How a run lies on the devices of all hosts: a copy on each, stepped under pmap, or shards, stepped under jit."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +44,10 @@ def replicated(learner: Learner) -> Layout:
     split, copied = over_devices()
     local = jax.local_device_count()
 
-    def on_each(cut: Callable, before: PartitionSpec, after: PartitionSpec) -> Callable:
+    def on_each(do: Callable, before: PartitionSpec, after: PartitionSpec) -> Callable:
         """What each device does with its copy of each array, as one program for a whole tree."""
-        cut_all = lambda tree: jax.tree.map(cut, tree)  # noqa: E731
-        return jax.jit(jax.shard_map(cut_all, mesh=split.mesh, in_specs=before, out_specs=after, check_vma=False))
+        do_all = partial(jax.tree.map, do)
+        return jax.jit(jax.shard_map(do_all, mesh=split.mesh, in_specs=before, out_specs=after, check_vma=False))
 
     def cut(*parts: np.ndarray) -> np.ndarray:
         """A host's parts [devices x B, ...] of k batches to [devices, B, ...] or, where k > 1, [devices, k, B, ...]."""

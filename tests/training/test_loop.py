@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
@@ -28,13 +29,15 @@ def lines_of(workdir, name="loss"):
     ]
 
 
+def shapes_of(workdir):
+    """The shapes of what a run saves."""
+    learner = diffusion_learner(ckpt.read_run(workdir))
+    return parts_of(jax.eval_shape(lambda: init_state(learner)))
+
+
 def state_at(workdir, step):
     """The leaves by path of the state that was saved at a step."""
-    import jax
-
-    learner = diffusion_learner(ckpt.read_run(workdir))
-    like = parts_of(jax.eval_shape(lambda: init_state(learner)))
-    parts = ckpt.restore(ckpt.folder_of(workdir), step, like)
+    parts = ckpt.restore(ckpt.folder_of(workdir), step, shapes_of(workdir))
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts)}
 
 

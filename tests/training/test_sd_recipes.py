@@ -18,11 +18,11 @@ from jaxdiff.training.loop import open_learner
 
 
 def take_a_step(learner, dataset):
-    """The state after one step on the first batch."""
+    """The states before and after one step on the first batch."""
     train = learner.config.train
     batch = batches(learner.prepare(dataset, cache=True), train.batch_size, flip=learner.config.data.flip)[0]
     state = jax.jit(lambda: init_state(learner))()
-    return jax.jit(make_train_step(learner))(state, batch, learner.frozen)
+    return state, jax.jit(make_train_step(learner))(state, batch, learner.frozen)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_step_of_the_autoencoder_and_one_of_what_diffuses_its_latents(folder, 
         reconstruction=replace(vae.reconstruction, perceptual_weight=0.0, adversarial_start=0),  # no files of VGG here
         train=replace(vae.train, batch_size=2),
     )
-    state = take_a_step(open_learner(vae, dataset, tmp_path / "vae"), dataset)
+    _, state = take_a_step(open_learner(vae, dataset, tmp_path / "vae"), dataset)
     assert float(state.sums["discriminator"]) > 0
     with ckpt.open_checkpoints(tmp_path / "vae") as checkpoints:
         ckpt.save(checkpoints, 1, {"ema_params": jax.device_get(state.ema_params)})
@@ -71,6 +71,7 @@ def test_a_step_of_the_autoencoder_and_one_of_what_diffuses_its_latents(folder, 
     learner = open_learner(small, dataset, tmp_path / "run")
     assert ckpt.read_run(tmp_path / "run").shape == (8, 8, 4)
     assert set(learner.frozen) == {"autoencoder", "latents"}
-    state = take_a_step(learner, dataset)
+    fresh, state = take_a_step(learner, dataset)
     assert 0.5 < float(state.sums["loss"]) < 2  # of a network whose last layer is zero: the variance of eps
-    assert float(jnp.abs(state.params["network"]["conv_out"]["kernel"]).max()) > 0
+    before, after = (s.params["network"]["conv_out"]["kernel"] for s in (fresh, state))
+    assert float(jnp.abs(after - before).max()) > 0
