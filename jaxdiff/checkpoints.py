@@ -38,6 +38,19 @@ class DamagedError(JaxdiffError):
     """A checkpoint that does not read, or is not what was saved; another may do."""
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's, but that it leaves it to the training loop to ask JAX whether a host is preempted.
+
+    JAX agrees on the number after the largest that a host asked about last. Orbax asks about the step of a checkpoint,
+    also once it is written, when the loop has long asked about later ones: the hosts then agree on a step that one of
+    them has passed, and wait for it for ever.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """No, at any step."""
+        return False
+
+
 class Frozen(NamedTuple):
     """What a run takes over from others and does not train; empty for most.
 
@@ -144,7 +157,7 @@ def folder_of(workdir: epath.PathLike, name: str = "checkpoints") -> epath.Path:
     return (path if "://" in str(workdir) else path.absolute()) / name
 
 
-def open_checkpoints(workdir: epath.PathLike, keep: int = 1, name: str = "checkpoints") -> ocp.CheckpointManager:
+def open_checkpoints(workdir: epath.PathLike, keep: int = 1, name: str = "checkpoints") -> Manager:
     """Checkpoints to be added to, of which the newest `keep` and the one of least loss stay; closing waits for saves.
 
     All hosts open, save and close together. Saves go on in the background: see `finish`. A run whose newest checkpoints
@@ -162,7 +175,7 @@ def open_checkpoints(workdir: epath.PathLike, keep: int = 1, name: str = "checkp
         best_fn=_loss,  # the policy decides, but without this the metrics are not written, and lost with the process
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(folder_of(workdir, name), options=options, handler_registry=_handlers())
+    return Manager(folder_of(workdir, name), options=options, handler_registry=_handlers())
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
@@ -185,7 +198,7 @@ def _loss(metrics: dict[str, float]) -> float:
     return metrics.get("loss", math.inf)
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, parts: dict[str, Any], loss: float | None = None) -> None:
+def save(checkpoints: Manager, step: int, parts: dict[str, Any], loss: float | None = None) -> None:
     """Save trees of arrays by name, which can be restored one without the others; copies them, and writes later.
 
     Arrays are the same on every host, or lie over the devices of all of them. A checkpoint appears whole, by a
@@ -200,12 +213,12 @@ def save(checkpoints: ocp.CheckpointManager, step: int, parts: dict[str, Any], l
     _saving(checkpoints, lambda: checkpoints.save(step, args=ocp.args.Composite(**args), metrics=metrics))
 
 
-def finish(checkpoints: ocp.CheckpointManager) -> None:
+def finish(checkpoints: Manager) -> None:
     """Wait until everything that was saved is on disk; JaxdiffError where that fails."""
     _saving(checkpoints, checkpoints.wait_until_finished)
 
 
-def _saving(checkpoints: ocp.CheckpointManager, do: Callable[[], Any]) -> None:
+def _saving(checkpoints: Manager, do: Callable[[], Any]) -> None:
     try:
         do()
     except Exception as error:  # whatever writing raises, in Orbax or below: a full disk, a lost mount

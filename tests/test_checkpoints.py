@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxdiff import checkpoints as ckpt
 from jaxdiff.config import Config, Data, Train, UNet
@@ -158,6 +159,13 @@ def test_the_best_is_kept_by_the_next_process(tmp_path):
     checkpoints = ckpt.folder_of(tmp_path)
     assert steps_in(checkpoints) == [5, 20]
     assert ckpt.choose_step(checkpoints, "best") == 5
+
+
+def test_only_the_loop_asks_jax_for_preemptions(monkeypatch, tmp_path):
+    asked = []  # with a smaller number, from Orbax's thread, hosts that run ahead would agree on a step gone by
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    save_all(tmp_path, {5: 0.3, 10: 0.1})
+    assert not asked
 
 
 def test_the_checksum_sees_every_byte_and_every_name():

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -105,7 +104,7 @@ def run_steps(
     dataset: ImageDataset,
     eval_dataset: ImageDataset | None,
     workdir: epath.Path,
-    checkpoints: ocp.CheckpointManager,
+    checkpoints: ckpt.Manager,
     report: Reporter,
 ) -> int:
     """Take the steps after `start`, and all that is due at them; returns the last, whose state is being saved."""
@@ -130,7 +129,7 @@ def run_steps(
                     report.restart_clock(start)
             state = compiled[count](*args)
             step += count
-            stopping = stopped(step)
+            stopping = stopped()
             last = step == config.train.steps or stopping
             logging = due(step, config.run.log_every)
             saving = last or due(step, config.run.checkpoint_every)
@@ -214,7 +213,7 @@ def open_datasets(config: Config | AutoencoderConfig) -> tuple[ImageDataset, Ima
     return dataset, open_dataset(data.name, data.eval_split, **options) if data.eval_split else None
 
 
-def mean_metrics(told: Any, skips: int, step: int, checkpoints: ocp.CheckpointManager) -> dict[str, float]:
+def mean_metrics(told: Any, skips: int, step: int, checkpoints: ckpt.Manager) -> dict[str, float]:
     """The means since the last report, from (sums, guarded); without a "loss" where every update was left out.
 
     Raises JaxdiffError where more updates in a row were bad than may be skipped.
@@ -230,13 +229,13 @@ def mean_metrics(told: Any, skips: int, step: int, checkpoints: ocp.CheckpointMa
     return means | ({"skipped": skipped} if skipped else {})
 
 
-def check_finite(values: dict[str, float], step: int, checkpoints: ocp.CheckpointManager) -> None:
+def check_finite(values: dict[str, float], step: int, checkpoints: ckpt.Manager) -> None:
     """Raise a JaxdiffError where a number that tells of the state at a step is not finite."""
     if not all(np.isfinite(value) for value in values.values()):
         diverged(step, ", ".join(f"{name} {value}" for name, value in values.items()), checkpoints)
 
 
-def diverged(step: int, how: str, checkpoints: ocp.CheckpointManager) -> None:
+def diverged(step: int, how: str, checkpoints: ckpt.Manager) -> None:
     """Raise the JaxdiffError that ends a run, once what was saved before is on disk."""
     ckpt.finish(checkpoints)
     kept = ckpt.newest_whole(checkpoints.directory)
@@ -269,14 +268,15 @@ def make_evaluation(learner: Learner, dataset: ImageDataset, most: int, batch_si
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Turn the first SIGTERM or Ctrl-C into a question that the loop asks at each step; a second one ends the program.
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGTERM or Ctrl-C into a question that the loop asks after each call; a second ends the program.
 
     Where there are several hosts, SIGTERM to any of them, and what JAX takes for a notice of preemption, makes the
     answer yes on all of them at the same step.
     """
     if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
+        calls = itertools.count(1)  # and not steps: JAX agrees on the number after the largest, and it must come
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
         return
     asked = []
     before = {}
@@ -289,7 +289,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, handle)
     try:
-        yield lambda step: bool(asked)
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -109,7 +109,7 @@ def test_a_host_that_is_killed_ends_the_others_and_both_go_on(unbroken, tmp_path
 
 @pytest.mark.slow
 def test_a_preempted_host_has_all_save_and_leave_and_others_go_on(unbroken, tmp_path):
-    processes = train(tmp_path, 2, 2)
+    processes = train(tmp_path, 2, 2, "--train.steps-per-call", 2)
     wait_for(tmp_path / "checkpoints" / "12", processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     ends = finish(processes)
